@@ -1,0 +1,116 @@
+"""What happens to every request: an id, security headers, a measurement, a limit on its body. Pure ASGI."""
+
+import re
+import time
+from typing import Final
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.problems import problem
+from app.core.errors import SafelightError, TooLarge
+from app.core.metrics import ApiMetrics
+
+log = structlog.get_logger()
+
+MAX_BODY: Final = 1024 * 1024  # bytes
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNLOGGED: Final = frozenset({"/livez", "/readyz", "/metrics", "/metrics/targets"})  # asked every few seconds
+SECURITY: Final = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-site",
+    "cache-control": "no-store",
+}
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+
+
+class RequestContext:
+    """The outermost middleware: whatever happens inside, the reply has a request id and is measured."""
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, started, status = _request_id(scope), time.perf_counter(), 0
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(message, request_id)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, send_with_headers)
+            except Exception:
+                log.exception("http.unhandled")
+                if not status:  # else the server cuts the reply off, which tells the caller as much
+                    unknown = SafelightError("something went wrong here; the log has the request id")
+                    await problem(unknown, request_id)(scope, receive, send_with_headers)
+            finally:
+                self._observe(scope, status, time.perf_counter() - started)
+
+    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+        # The route's template, never the path: that holds ids, and whatever callers make up.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self.metrics.http_request_seconds.labels(route, method, str(status)).observe(seconds)
+        if route not in UNLOGGED:
+            log.info("http.request", method=method, route=route, status=status, seconds=round(seconds, 4))
+
+
+class BodyLimit:
+    """Refuses bodies over `MAX_BODY`; FastAPI's own limit answers in plain text, outside all middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _content_length(scope) > MAX_BODY:
+            reply = problem(TooLarge(f"a body has at most {MAX_BODY} bytes"), scope["state"]["request_id"])
+            reply.headers["connection"] = "close"  # the rest of the body is not read
+            await reply(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY:
+                # Not TooLarge: FastAPI lets only this class pass while it reads a body.
+                raise HTTPException(413, f"a body has at most {MAX_BODY} bytes", {"connection": "close"})
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}"
+
+
+def _add_headers(message: Message, request_id: str) -> None:
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request_id
+    for name, value in SECURITY.items():
+        headers.setdefault(name, value)
+
+
+def _content_length(scope: Scope) -> int:
+    text = Headers(scope=scope).get("content-length", "")
+    return int(text[:20]) if text.isdecimal() else 0

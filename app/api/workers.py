@@ -1,0 +1,32 @@
+"""The workers that live, for the operator."""
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Depends
+
+from app.api.auth import require_admin
+from app.api.deps import Deps
+from app.api.schemas import ListResponse, WorkerView
+from app.core import processes
+from app.core.processes import Process
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/v1/workers", dependencies=[Depends(require_admin)])
+async def list_workers(deps: Deps) -> ListResponse[WorkerView]:
+    """All live workers, their models and their load; needs the admin key."""
+    return ListResponse(data=[_view(p) for p in await processes.live(deps.redis) if p.kind == "worker"])
+
+
+def _view(process: Process) -> WorkerView:
+    return WorkerView(
+        id=process.name,
+        models=list(process.models),
+        device=process.device,
+        version=process.version,
+        runs=process.runs,
+        max_runs=process.max_runs,
+        metrics=process.metrics,
+        started_at=datetime.fromtimestamp(process.started_at, UTC),
+    )

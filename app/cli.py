@@ -1,0 +1,129 @@
+"""`safelight ...`: one command for the whole service, one for each process, and the API keys."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import click
+from redis import Redis
+from redis.exceptions import RedisError
+
+from app.core import api_keys, logs
+from app.core.connections import connect
+from app.core.errors import ConfigError, QueueUnavailable, SafelightError
+from app.core.settings import Settings, load_settings
+from app.embedded_redis import find
+from app.supervisor import CONFIG_EXIT
+from app.supervisor import up as supervise
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("safelight"), message="safelight %(version)s")
+def commands() -> None:
+    """Pictures from diffusion models, on machines of your own. Settings are SAFELIGHT_* in the environment."""
+
+
+@commands.command()
+def up() -> None:
+    """Run the whole service in the foreground, by default with a Redis and an object store of its own."""
+    sys.exit(supervise(load_settings()))
+
+
+@commands.command()
+def api() -> None:
+    """Run the HTTP API."""
+    # Imported here: where only the sender is installed there is no FastAPI, and no app.main.
+    from app.main import serve  # noqa: PLC0415
+
+    settings = load_settings()
+    logs.configure(settings.log_format, "api")
+    serve(settings)
+
+
+@commands.command()
+def worker() -> None:
+    """Run a worker, which makes the pictures."""
+    load_settings()
+    os.execv(sys.executable, [sys.executable, "-m", "worker.main"])  # noqa: S606  # app never imports worker
+
+
+@commands.command()
+def sender() -> None:
+    """Run the sender, which delivers webhooks."""
+    from app.sender import run  # noqa: PLC0415  # the other commands need no HTTP client
+
+    settings = load_settings()
+    logs.configure(settings.log_format, "sender")
+    run(settings)
+
+
+@commands.group()
+def keys() -> None:
+    """Make, list and revoke API keys. Without any, the API is open, and listens on this machine only."""
+
+
+@keys.command()
+@click.option("--name", required=True, help="What the list shows it by.")
+def create(name: str) -> None:
+    """Make a key and print it, this once."""
+    with _redis(load_settings()) as redis:
+        key, secret = api_keys.create(redis, name)
+    click.echo(secret)
+    click.echo(f"key {key.id} ({name}); it is not shown again", err=True)
+
+
+@keys.command("list")
+def list_() -> None:
+    """List all keys, oldest first."""
+    with _redis(load_settings()) as redis:
+        found = api_keys.list_keys(redis)
+    for key in found:
+        state = f"revoked {_date(key.revoked_at)}" if key.revoked_at else "good"
+        click.echo(f"{key.id}  {_date(key.created_at)}  {state}  {key.name}")
+
+
+@keys.command()
+@click.argument("key_id", metavar="ID")
+def revoke(key_id: str) -> None:
+    """Make a key useless, within a second."""
+    with _redis(load_settings()) as redis:
+        key = api_keys.revoke(redis, key_id)
+    click.echo(f"key {key.id} ({key.name}) is revoked")
+
+
+@contextmanager
+def _redis(settings: Settings) -> Iterator[Redis]:
+    url = settings.redis_url or find(settings.data)
+    if not url:
+        raise ConfigError(
+            f"no Redis runs on {settings.data.resolve()}; start `safelight up` (make run) there first, or set "
+            "SAFELIGHT_DATA or SAFELIGHT_REDIS_URL to those of the service"
+        )
+    try:
+        with connect(url) as redis:
+            yield redis
+    except RedisError as error:
+        raise QueueUnavailable("Redis does not answer; check that the service runs") from error
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def main() -> None:
+    """Run a command; what is wrong goes to stderr in one sentence, with exit code 2 for a setting and 1 otherwise."""
+    try:
+        commands()
+    except ConfigError as error:
+        click.echo(f"safelight: {error.message}", err=True)
+        sys.exit(CONFIG_EXIT)
+    except SafelightError as error:
+        click.echo(f"safelight: {error.message}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Redis clients: short timeouts and no automatic retries, because redis-py repeats writes whose reply was lost."""
+
+from redis import Redis
+from redis.asyncio import BlockingConnectionPool as AsyncBlockingConnectionPool
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+TIMEOUT = 5.0  # seconds a command may take
+POOL = 64
+
+
+def connect(url: str, *, timeout: float = TIMEOUT, decode: bool = True) -> Redis:
+    """A synchronous client of its own pool; strings are decoded unless RQ is to use it."""
+    return Redis.from_url(
+        url,
+        decode_responses=decode,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=15,
+    )
+
+
+def connect_async(url: str, *, timeout: float = TIMEOUT) -> AsyncRedis:
+    """An asynchronous client; a caller waits at most a second for a free connection."""
+    pool = AsyncBlockingConnectionPool.from_url(
+        url,
+        max_connections=POOL,
+        timeout=1,
+        decode_responses=True,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=AsyncRetry(NoBackoff(), 0),
+        health_check_interval=15,
+    )
+    return AsyncRedis.from_pool(pool)  # so that closing the client closes the pool

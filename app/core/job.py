@@ -1,0 +1,225 @@
+"""A job as everyone sees it: its record in Redis, and the JSON that the API, its events and its webhooks show."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from app.core.params import GenerationParams
+
+
+class JobStatus(StrEnum):
+    """Where a job stands; the last four are final."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (JobStatus.QUEUED, JobStatus.PROCESSING)
+
+
+class Output(BaseModel):
+    """A stored picture: where it lies and what it is. A URL is made when somebody asks."""
+
+    type: Literal["image"] = "image"
+    key: str
+    seed: int
+    width: int
+    height: int
+    content_type: str
+    bytes: int
+    sha256: str
+
+
+class Progress(BaseModel):
+    """How far a running job is: its phase, and denoising steps done of all its images together."""
+
+    phase: str = Field(examples=["denoising"])
+    step: int
+    steps: int
+
+
+class Timings(BaseModel):
+    """Seconds spent in each part of a job's life."""
+
+    queue_seconds: float
+    encode_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+    store_seconds: float
+
+
+class JobFailure(BaseModel):
+    """Why a job failed: a stable code and a sentence; never exception text."""
+
+    code: str
+    message: str
+
+
+class Webhook(BaseModel):
+    """Where to tell about a job, and of what; terminal events unless `events` says otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str = Field(max_length=2048)
+    events: list[Literal["job.processing", "job.succeeded", "job.failed", "job.canceled", "job.expired"]] = Field(
+        default=["job.succeeded", "job.failed", "job.canceled", "job.expired"], min_length=1, max_length=5
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job's record. Times are seconds since the epoch, by Redis' clock."""
+
+    id: str
+    tenant: str
+    queue: str
+    status: JobStatus
+    params: GenerationParams
+    created_at: float
+    created_us: int
+    fence: int
+    tries: int
+    deaths: int
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    progress: Progress | None = None
+    outputs: tuple[Output, ...] = ()
+    error: JobFailure | None = None
+    timings: Timings | None = None
+    webhook: Webhook | None = None
+    metadata: Mapping[str, Any] | None = None
+    request_id: str | None = None
+    queue_position: int | None = None  # 0: next; known only to those who ask for it
+
+
+T = TypeVar("T", bound=BaseModel)
+
+_OUTPUTS = TypeAdapter(tuple[Output, ...])
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_job_id() -> str:
+    """A fresh id: 48 bits of time and 80 of chance in Crockford's base 32 (the ULID layout), so ids sort by age."""
+    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
+    return "job_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def job_from_hash(fields: Mapping[str, str], *, position: int | None = None) -> Job:
+    """Read a job's hash as Redis holds it, with its id beside."""
+    return Job(
+        id=fields["id"],
+        tenant=fields["tenant"],
+        queue=fields["queue"],
+        status=JobStatus(fields["status"]),
+        params=GenerationParams.model_validate_json(fields["params"]),
+        created_at=int(fields["created_us"]) / 1e6,
+        created_us=int(fields["created_us"]),
+        fence=int(fields.get("fence", 0)),
+        tries=int(fields.get("tries", 0)),
+        deaths=int(fields.get("deaths", 0)),
+        started_at=_seconds(fields.get("started_at")),
+        completed_at=_seconds(fields.get("completed_at")),
+        expires_at=_seconds(fields.get("expires_at")),
+        progress=_parsed(Progress, fields.get("progress")),
+        outputs=_OUTPUTS.validate_json(fields.get("outputs", "[]")),
+        error=_parsed(JobFailure, fields.get("error")),
+        timings=_parsed(Timings, fields.get("timings")),
+        webhook=_webhook(fields),
+        metadata=json.loads(fields["metadata"]) if "metadata" in fields else None,
+        request_id=fields.get("request_id"),
+        queue_position=position,
+    )
+
+
+def _seconds(milliseconds: str | None) -> float | None:
+    return int(milliseconds) / 1e3 if milliseconds else None
+
+
+def _parsed(kind: type[T], text: str | None) -> T | None:
+    return kind.model_validate_json(text) if text else None
+
+
+def _webhook(fields: Mapping[str, str]) -> Webhook | None:
+    if "webhook_url" not in fields:
+        return None
+    return Webhook.model_validate({"url": fields["webhook_url"], "events": fields["webhook_events"].split(",")})
+
+
+class OutputView(BaseModel):
+    """A picture as callers see it; the URL expires."""
+
+    type: Literal["image"]
+    url: str
+    seed: int
+    width: int
+    height: int
+    content_type: str
+    bytes: int
+    sha256: str
+
+
+class Links(BaseModel):
+    self: str
+    events: str
+    cancel: str
+
+
+class JobView(BaseModel):
+    """A job as callers see it, the same in every reply, event and webhook."""
+
+    id: str
+    object: Literal["job"] = "job"
+    status: JobStatus
+    model: str
+    params: GenerationParams
+    progress: Progress | None
+    queue_position: int | None
+    outputs: list[OutputView]
+    error: JobFailure | None
+    metadata: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    expires_at: datetime | None
+    timings: Timings | None
+    links: Links
+    notice: str | None = None  # what a caller should know, e.g. that no worker serves the model
+
+
+def view(job: Job, public_url: str, sign: Callable[[Output], str]) -> JobView:
+    """The JSON of a job; `sign` makes an expiring URL for an output, now."""
+    base = f"{public_url}/v1/jobs/{job.id}"
+    return JobView(
+        id=job.id,
+        status=job.status,
+        model=job.params.model,
+        params=job.params,
+        progress=job.progress,
+        queue_position=job.queue_position,
+        outputs=[OutputView(url=sign(o), **o.model_dump(exclude={"key"})) for o in job.outputs],
+        error=job.error,
+        metadata=dict(job.metadata or {}),
+        created_at=_time(job.created_at),
+        started_at=_time(job.started_at) if job.started_at else None,
+        completed_at=_time(job.completed_at) if job.completed_at else None,
+        expires_at=_time(job.expires_at) if job.expires_at else None,
+        timings=job.timings,
+        links=Links(self=base, events=f"{base}/events", cancel=f"{base}/cancel"),
+    )
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

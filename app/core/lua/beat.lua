@@ -1,0 +1,18 @@
+-- Extend the leases a worker still holds and write what progress it made.
+-- ARGV: lease (ms), then per job: id, fence, progress (JSON) or ''. Returns the ids it no longer holds.
+local at, lease, lost = now(), tonumber(ARGV[1]), {}
+for i = 2, #ARGV, 3 do
+  local id, fence, progress = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local held = redis.call('HMGET', JOB .. id, 'status', 'fence', 'committed')
+  -- A job this fence has committed has ended, and is not lost: its objects must stay.
+  if held[3] ~= fence and (held[1] ~= 'processing' or held[2] ~= fence) then
+    lost[#lost + 1] = id
+  elseif held[1] == 'processing' then
+    redis.call('ZADD', LEASES, 'XX', at + lease, id)
+    if progress ~= '' then
+      redis.call('HSET', JOB .. id, 'progress', progress)
+      publish(id, 'progress', progress)
+    end
+  end
+end
+return lost

@@ -1,0 +1,37 @@
+-- ARGV: id, tenant, queue, idempotency digest or '', fingerprint, retention (ms), fields of the job (JSON object),
+-- then RQ's job: field, value, ... (flat). Returns {outcome, id}; outcomes: created, existing, mismatch.
+local id, tenant, queue, digest, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local retention = tonumber(ARGV[6])
+local idempotency = IDEMPOTENCY .. tenant .. ':' .. digest
+if digest ~= '' then
+  local known = redis.call('GET', idempotency)
+  if known then
+    local print, first = string.match(known, '^(%S+) (%S+)$')
+    if print ~= fingerprint then return {'mismatch', first} end
+    return {'existing', first}
+  end
+end
+-- The same call again after a lost reply.
+if redis.call('EXISTS', JOB .. id) == 1 then return {'existing', id} end
+
+local created = unique_microseconds()
+local at = math.floor(tonumber(created) / 1000)
+-- Counters begin to exist when they count: a million waiting jobs have a million of these records.
+local fields = {'tenant', tenant, 'queue', queue, 'created_us', created}
+for name, value in pairs(cjson.decode(ARGV[7])) do
+  fields[#fields + 1] = name
+  fields[#fields + 1] = value
+end
+if digest ~= '' then
+  fields[#fields + 1] = 'idempotency'
+  fields[#fields + 1] = digest
+  redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'PX', retention)
+end
+redis.call('HSET', JOB .. id, unpack(fields))
+redis.call('HSET', RQ .. 'job:' .. id, unpack(ARGV, 8))
+redis.call('SADD', RQ .. 'queues', RQ .. 'queue:' .. queue)
+redis.call('ZADD', JOBS .. tenant, created, id)
+enter(id, 'queued', at, retention)
+redis.call('RPUSH', RQ .. 'queue:' .. queue, id)
+redis.call('PUBLISH', WAKE, queue)
+return {'created', id}

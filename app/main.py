@@ -1,0 +1,188 @@
+"""The API's bootstrap: settings -> clients -> routes -> server. Nothing else builds clients for the API."""
+
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from importlib.metadata import version
+from typing import Any, Final
+
+import structlog
+import uvicorn
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
+from redis.exceptions import RedisError
+
+from app.api import events, files, jobs, models, ops, workers
+from app.api.auth import authenticate, check_exposure
+from app.api.deps import Services
+from app.api.middleware import BodyLimit, RequestContext
+from app.api.problems import add_to, install, responses
+from app.core.addresses import AddressGuard
+from app.core.api_keys import KeyRing
+from app.core.catalog import Catalog, load_catalog
+from app.core.connections import connect, connect_async
+from app.core.errors import ConfigError, QueueUnavailable
+from app.core.events import Hub
+from app.core.metrics import ApiMetrics, api_metrics
+from app.core.queue import JobQueue
+from app.core.settings import Settings, redis_url, url_secret
+from app.core.storage import DiskStorage, Storage, open_storage
+
+log = structlog.get_logger()
+
+GRACE_SECONDS: Final = 10  # for replies in the making when the server stops; streams and waits end at once
+ASKED_HEADERS: Final = ["Authorization", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-Request-ID"]
+SHOWN_HEADERS: Final = ["Location", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-ID"]
+
+
+def create_app(settings: Settings, catalog: Catalog | None = None) -> FastAPI:
+    """The API as an ASGI application; it connects when it starts and closes when it stops. Raises ConfigError."""
+    metrics, catalog = api_metrics(), catalog or load_catalog(settings.models)
+    storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
+    app = FastAPI(
+        title="Safelight",
+        version=version("safelight"),
+        summary="Pictures from diffusion models, as durable jobs.",
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=_lifespan(settings, catalog, metrics, storage),
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+    )
+    install(app)
+    _add_middleware(app, settings, metrics)
+    _add_routes(app, storage)
+    _describe_problems(app)
+    return app
+
+
+def _lifespan(
+    settings: Settings, catalog: Catalog, metrics: ApiMetrics, storage: Storage
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        redis = connect_async(redis_url(settings))
+        hub = Hub(redis)
+        app.state.services = Services(
+            settings=settings,
+            catalog=catalog,
+            metrics=metrics,
+            redis=redis,
+            queue=JobQueue(redis, retention_ms=settings.retention_ms),
+            storage=storage,
+            hub=hub,
+            keys=KeyRing(redis),
+            guard=AddressGuard(settings.webhook_allow),
+        )
+        await hub.start()
+        try:
+            yield
+        finally:
+            await hub.stop()
+            await redis.aclose()
+
+    return lifespan
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> None:
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=ASKED_HEADERS,
+            expose_headers=SHOWN_HEADERS,
+        )
+    app.add_middleware(RequestContext, metrics=metrics)
+
+
+def _add_routes(app: FastAPI, storage: Storage) -> None:
+    for router in (jobs.router, events.router, models.router, workers.router, ops.router):
+        # Not left to the routes: one that forgot to ask who calls would be open.
+        app.include_router(router, dependencies=[Depends(authenticate)], responses=responses(401, 403, 503))
+    app.include_router(ops.public)
+    if isinstance(storage, DiskStorage):
+        app.include_router(files.router)
+
+
+def _describe_problems(app: FastAPI) -> None:
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        add_to(document)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+
+
+class Server(uvicorn.Server):
+    """A uvicorn that ends streams and waits when it begins to stop, for it lets no connection go before its reply."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                # h11 bounds a request's head; the faster parser does not.
+                http="h11",
+                h11_max_incomplete_event_size=32 * 1024,
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # links begin with SAFELIGHT_PUBLIC_URL, whatever a proxy says
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.services.drain()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings) -> None:
+    """Serve the API until SIGINT or SIGTERM; port 0 takes a free one. Raises ConfigError, QueueUnavailable."""
+    _check_exposure(settings)
+    with listen(settings.host, settings.port) as listener:
+        bound = settings.model_copy(update={"port": listener.getsockname()[1]})
+        server = Server(create_app(bound))
+        # uvicorn raises the signal again once it has stopped: with these it returns, and the process exits with 0.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)
+        log.info("api.listening", host=bound.host, port=bound.port, url=bound.base_url)
+        server.run(sockets=[listener])
+
+
+def _check_exposure(settings: Settings) -> None:
+    with closing(connect(redis_url(settings))) as redis:
+        try:
+            check_exposure(settings, redis)
+        except RedisError as error:
+            raise QueueUnavailable("Redis cannot be reached, so nobody knows whether there are API keys") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that links can name a port that the system chose. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, since asyncio sends small replies at once (TCP_NODELAY) only then.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; set SAFELIGHT_HOST and SAFELIGHT_PORT"
+        ) from error
+    return listener

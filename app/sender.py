@@ -1,0 +1,403 @@
+"""The webhook process: takes what is due from the outbox, renders it, signs it and POSTs it until somebody has it.
+
+At least once: what was POSTed but not settled, because this process or Redis died in between, is sent again under the
+same id. A receiver that does not answer delays nobody else: each host has few places of its own.
+"""
+
+import asyncio
+import os
+import random
+import secrets
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from importlib.metadata import version
+from typing import Final
+from urllib.parse import urlsplit
+
+import httpx2
+import structlog
+from prometheus_client import start_http_server
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import RedisError
+
+from app.core import processes, webhooks
+from app.core import redis_keys as keys
+from app.core.addresses import AddressGuard, guarded_client, read_limited
+from app.core.connections import connect, connect_async
+from app.core.errors import AddressRefused, ConfigError, SafelightError
+from app.core.job import Output, view
+from app.core.metrics import SenderMetrics, sender_metrics
+from app.core.settings import Settings, redis_url, url_secret, webhook_secret
+from app.core.storage import Storage, open_storage
+from app.core.webhooks import Delivery
+
+log = structlog.get_logger()
+
+CONCURRENCY: Final = 64  # attempts at a time
+PER_HOST: Final = 4  # of them to one host; to a host that did not answer last time, one
+WAITING: Final = 32  # deliveries kept in hand for a busy host; the others go back to the outbox
+STALE_SECONDS: Final = 30  # in hand this long: go back before the hold of `webhooks.take` ends
+FAR_SECONDS: Final = 300  # the longest that a delivery is put back for
+POLL_SECONDS: Final = 1.0  # the outbox is looked at this often without a bell, which is when retries come due
+TOTAL_SECONDS: Final = 15.0  # an attempt, from looking up the name to the end of the reply
+DRAIN_SECONDS: Final = TOTAL_SECONDS + 3
+SETTLE_SECONDS: Final = 30  # how long the outcome of an attempt is kept for a Redis that is away
+BEAT_SECONDS: Final = 3.0
+MAX_REPLY: Final = 64 * 1024  # bytes of a reply that are read
+MAX_RETRY_AFTER: Final = 3600  # seconds
+URL_SECONDS: Final = 3600  # the life of the URLs in a webhook
+BACKOFF: Final = (0.1, 5.0)  # seconds to the first and the longest wait for a Redis that is away
+
+
+class Outcome(StrEnum):
+    """How an attempt ended; all but RETRIED are final."""
+
+    DELIVERED = "delivered"
+    RETRIED = "retried"
+    GONE = "gone"
+    REFUSED = "refused"
+    GIVEN_UP = "given_up"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a receiver said: its status, None for no answer, and the seconds it wants to be left alone."""
+
+    status: int | None
+    retry_after: float = 0.0
+    about: str = ""  # why there is no answer
+
+
+@dataclass(slots=True)
+class Host:
+    """A receiver's host and port: the attempts under way to it, and what waits in hand for one of them to end."""
+
+    running: int = 0
+    is_silent: bool = False
+    seconds: float = 0.1  # the last attempt took
+    next_due: float = 0.0  # when the place of the next one that is put back comes up (monotonic)
+    waiting: deque[tuple[Delivery, float]] = field(default_factory=deque)
+
+    @property
+    def places(self) -> int:
+        return 1 if self.is_silent else PER_HOST
+
+    @property
+    def has_room(self) -> bool:
+        return self.running < self.places
+
+    def delay(self, now: float) -> float:
+        """Seconds to put the next delivery back for: each in turn, at the pace at which the host answers."""
+        pace = self.seconds / self.places
+        self.next_due = max(self.next_due, now + len(self.waiting) * pace) + pace
+        return min(self.next_due - now, FAR_SECONDS)
+
+
+Render = Callable[[Delivery], Awaitable[bytes]]
+
+
+class Sender:
+    """Delivers what is in the outbox. `render` makes the body of an attempt, `client` is bounded in time by itself."""
+
+    def __init__(
+        self,
+        redis: AsyncRedis,
+        client: httpx2.AsyncClient,
+        render: Render,
+        *,
+        secret: str,
+        metrics: SenderMetrics,
+        schedule: Sequence[float] = webhooks.SCHEDULE,
+    ) -> None:
+        self._redis = redis
+        self._client = client
+        self._render = render
+        self._secret = secret
+        self._metrics = metrics
+        self._schedule = schedule
+        self._bell = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._hosts: dict[str, Host] = {}
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._errands: set[asyncio.Task[None]] = set()  # deliveries on their way back to the outbox
+
+    def stop(self) -> None:
+        """Take nothing more; `run` returns when what is under way has ended."""
+        self._stopping.set()
+        self._bell.set()
+
+    async def run(self) -> None:
+        """Deliver until stopped."""
+        listener = asyncio.create_task(self._listen())
+        try:
+            await self._take_all()
+            await self._drain()
+        finally:
+            listener.cancel()
+            with suppress(asyncio.CancelledError):
+                await listener
+
+    async def _take_all(self) -> None:
+        pause = BACKOFF[0]
+        while not self._stopping.is_set():
+            self._bell.clear()
+            try:
+                has_more = await self._take()
+            except (RedisError, OSError) as error:
+                log.warning("sender.redis_away", error=type(error).__name__)
+                await self._wait(pause)
+                pause = min(pause * 2, BACKOFF[1])
+                continue
+            pause = BACKOFF[0]
+            if not has_more:
+                await self._wait(POLL_SECONDS)
+
+    async def _take(self) -> bool:
+        """Begin what is due, as far as there is room; whether there may be more."""
+        room = CONCURRENCY - len(self._attempts)
+        if room <= 0:
+            return False
+        taken = await webhooks.take(self._redis, room)
+        for delivery_id in taken.unreadable:
+            log.error("webhook.unreadable", delivery=delivery_id)
+            self._count(Outcome.UNREADABLE)
+            self._go(webhooks.settle(self._redis, delivery_id))
+        for delivery in taken.deliveries:
+            self._admit(delivery)
+        return len(taken) == room
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._bell.wait(), seconds)
+
+    async def _listen(self) -> None:
+        """Ring the bell for what enters the outbox. A hint: without it the outbox is looked at every second."""
+        while True:
+            with suppress(RedisError, OSError):
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(keys.OUTBOX_BELL)
+                    while True:
+                        if await pubsub.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS):
+                            self._bell.set()
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _admit(self, delivery: Delivery) -> None:
+        host = self._hosts.setdefault(_origin(delivery.url), Host())
+        if host.has_room:
+            self._begin(host, delivery)
+        elif len(host.waiting) < WAITING:
+            host.waiting.append((delivery, time.monotonic()))
+        else:
+            self._put_back(delivery, host.delay(time.monotonic()))
+
+    def _begin(self, host: Host, delivery: Delivery) -> None:
+        host.running += 1
+        task = asyncio.create_task(self._deliver(host, delivery))
+        self._attempts.add(task)
+        task.add_done_callback(lambda done: self._ended(done, host, delivery))
+
+    def _ended(self, task: asyncio.Task[None], host: Host, delivery: Delivery) -> None:
+        if len(self._attempts) == CONCURRENCY:
+            self._bell.set()
+        self._attempts.discard(task)
+        host.running -= 1
+        while host.waiting and host.has_room:
+            waiting, since = host.waiting.popleft()
+            if self._stopping.is_set():
+                self._put_back(waiting, 0)
+            elif time.monotonic() - since > STALE_SECONDS:
+                self._put_back(waiting, host.delay(time.monotonic()))
+            else:
+                self._begin(host, waiting)
+        if not host.running and not host.waiting:
+            self._hosts.pop(_origin(delivery.url), None)
+
+    def _put_back(self, delivery: Delivery, seconds: float) -> None:
+        self._go(webhooks.put_back(self._redis, delivery.id, seconds))
+
+    def _go(self, errand: Awaitable[None]) -> None:
+        async def run() -> None:
+            with suppress(RedisError, OSError):  # undone: the delivery is due again when its hold ends
+                await errand
+
+        task = asyncio.create_task(run())
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    async def _drain(self) -> None:
+        for host in self._hosts.values():
+            while host.waiting:
+                self._put_back(host.waiting.popleft()[0], 0)
+        if under_way := self._attempts | self._errands:
+            _, left = await asyncio.wait(under_way, timeout=DRAIN_SECONDS)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _deliver(self, host: Host, delivery: Delivery) -> None:
+        began = time.monotonic()
+        bound = log.bind(delivery=delivery.id, job_id=delivery.job.id, attempt=delivery.attempts)
+        try:
+            outcome, delay, about = self._judge(delivery, reply := await self._attempt(delivery))
+            host.is_silent = reply.status is None
+        except (AddressRefused, httpx2.InvalidURL) as error:
+            outcome, delay, about = Outcome.REFUSED, 0.0, str(error)
+        except Exception as error:  # noqa: BLE001  # one delivery, whatever is wrong with it, stops no other
+            bound.warning("webhook.not_rendered", exc_info=not isinstance(error, SafelightError))
+            outcome, delay, about = *self._again(delivery), type(error).__name__
+        host.seconds = time.monotonic() - began
+        level = bound.info if outcome in (Outcome.DELIVERED, Outcome.RETRIED) else bound.warning
+        level("webhook.attempt", outcome=outcome.value, about=about, seconds=round(host.seconds, 3))
+        await self._record(delivery, outcome, delay)
+        self._count(outcome)
+
+    async def _attempt(self, delivery: Delivery) -> Reply:
+        """POST it once. Raises AddressRefused."""
+        if delivery.attempts == 1:
+            self._metrics.webhook_lag_seconds.observe(max(0.0, time.time() - delivery.created_at))
+        async with asyncio.timeout(TOTAL_SECONDS):
+            body = await self._render(delivery)
+        headers = {"content-type": "application/json", "user-agent": f"Safelight/{version('safelight')}"}
+        headers |= webhooks.sign(self._secret, delivery.id, int(time.time()), body)
+        try:
+            async with self._client.stream("POST", delivery.url, content=body, headers=headers) as response:
+                # The status alone decides; some of the body is read, so as not to slam the door.
+                with suppress(SafelightError, httpx2.HTTPError):
+                    await read_limited(response, MAX_REPLY)
+                return Reply(response.status_code, _retry_after(response))
+        except httpx2.HTTPError as error:
+            return Reply(None, about=type(error).__name__)
+
+    def _judge(self, delivery: Delivery, reply: Reply) -> tuple[Outcome, float, str]:
+        about = str(reply.status or reply.about)
+        if reply.status and 200 <= reply.status < 300:
+            return Outcome.DELIVERED, 0.0, about
+        if reply.status == httpx2.codes.GONE:
+            return Outcome.GONE, 0.0, about
+        outcome, delay = self._again(delivery)
+        return outcome, max(delay, reply.retry_after), about
+
+    def _again(self, delivery: Delivery) -> tuple[Outcome, float]:
+        if delivery.attempts > len(self._schedule):
+            return Outcome.GIVEN_UP, 0.0
+        return Outcome.RETRIED, self._schedule[delivery.attempts - 1] * random.uniform(0.85, 1.15)
+
+    async def _record(self, delivery: Delivery, outcome: Outcome, delay: float) -> None:
+        """Settle or postpone, also if Redis is away for a while; else the hold ends, and it is sent once more."""
+        deadline, pause = time.monotonic() + SETTLE_SECONDS, BACKOFF[0]
+        while True:
+            try:
+                if outcome is Outcome.RETRIED:
+                    await webhooks.postpone(self._redis, delivery.id, delay)
+                else:
+                    await webhooks.settle(self._redis, delivery.id)
+            except (RedisError, OSError) as error:
+                if time.monotonic() > deadline or self._stopping.is_set():
+                    log.warning("webhook.unsettled", delivery=delivery.id, error=type(error).__name__)
+                    return
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, BACKOFF[1])
+
+    def _count(self, outcome: Outcome) -> None:
+        self._metrics.webhook_attempts_total.labels(outcome.value).inc()
+
+
+def _origin(url: str) -> str:
+    try:
+        return urlsplit(url).netloc.lower()
+    except ValueError:  # the guard will refuse it
+        return url
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Seconds that a busy receiver asks for, capped; both forms of RFC 9110, section 10.2.3."""
+    text = response.headers.get("retry-after", "")
+    if response.status_code not in (httpx2.codes.TOO_MANY_REQUESTS, httpx2.codes.SERVICE_UNAVAILABLE) or not text:
+        return 0.0
+    if text.isascii() and text.isdigit():
+        return float(min(int(text[:9]), MAX_RETRY_AFTER))
+    try:
+        seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a zone
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def renderer(storage: Storage, public_url: str) -> Render:
+    """Renders a delivery as its job was then, with URLs signed now. Raises StorageUnavailable."""
+
+    def sign(output: Output) -> str:
+        return storage.sign(output.key, URL_SECONDS)
+
+    def render(delivery: Delivery) -> bytes:
+        return webhooks.body(delivery, view(delivery.job, public_url, sign).model_dump(mode="json"))
+
+    async def in_thread(delivery: Delivery) -> bytes:
+        # In a thread: short-lived credentials of a bucket may have to be fetched anew before they can sign.
+        return await asyncio.to_thread(render, delivery)
+
+    return in_thread
+
+
+def run(settings: Settings) -> None:
+    """Run the sender until SIGTERM or SIGINT. Raises ConfigError."""
+    url, secret = redis_url(settings), webhook_secret(settings)
+    webhooks.secret_bytes(secret)
+    storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
+    asyncio.run(_run(settings, url, secret, renderer(storage, settings.base_url)))
+
+
+async def _run(settings: Settings, url: str, secret: str, render: Render) -> None:
+    metrics = sender_metrics()
+    with connect(url) as beats:
+        process = _serve_metrics(settings, metrics)
+        redis = connect_async(url)
+        async with guarded_client(AddressGuard(settings.webhook_allow), total_seconds=TOTAL_SECONDS) as client:
+            sender = Sender(redis, client, render, secret=secret, metrics=metrics)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, sender.stop)
+            beating = asyncio.create_task(_beat(beats, process))
+            log.info("sender.started", metrics=process.metrics)
+            await sender.run()
+            beating.cancel()
+        await redis.aclose(close_connection_pool=True)
+        with suppress(RedisError, OSError):
+            await asyncio.to_thread(processes.leave, beats, process.name)
+    log.info("sender.stopped")
+
+
+def _serve_metrics(settings: Settings, metrics: SenderMetrics) -> processes.Process:
+    """Serve the metrics on a port of their own; what this process says of itself."""
+    address, name = ("127.0.0.1", "127.0.0.1") if settings.is_loopback else ("0.0.0.0", socket.gethostname())  # noqa: S104  # Prometheus comes from elsewhere
+    try:
+        server, _ = start_http_server(settings.metrics_port, address, metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"SAFELIGHT_METRICS_PORT: cannot listen on {settings.metrics_port} ({error.strerror}); choose another, or 0"
+        ) from error
+    return processes.Process(
+        name=f"sender-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+        kind="sender",
+        metrics=f"{name}:{server.server_port}",
+        version=version("safelight"),
+        started_at=time.time(),
+    )
+
+
+async def _beat(redis: Redis, process: processes.Process) -> None:
+    while True:
+        with suppress(RedisError, OSError):
+            await asyncio.to_thread(processes.beat, redis, process)
+        await asyncio.sleep(BEAT_SECONDS)

@@ -1,0 +1,76 @@
+"""One command from npm packages to the weights of models/emoji; every part goes on where it stopped."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from models.train import autoencoder, denoiser, lora, pictures
+from models.train.evaluate import evaluate
+from models.train.export import export
+from models.train.sources import emojis
+from models.train.timing import timing
+
+ROOT = Path(__file__).parents[2]
+STEPS = {"autoencoder": 3800, "denoiser": 9000, "lora": 500}
+SMOKE = 50  # steps of each part in a trial of the whole way
+ALL = ("fetch", "autoencoder", "denoiser", "lora", "export", "evaluate")
+
+
+def main() -> None:
+    """Parse the command line and run the parts it names."""
+    options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"seeds: pictures {pictures.SEED}; weights 0; step n of a training draws from seed n; {torch.__version__}")
+    for part in ALL if options.part == "all" else (options.part,):
+        print(f"{part}: {run(part, options)}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
+    parser.add_argument("part", choices=("all", *ALL, "timing"))
+    parser.add_argument("--work", type=Path, default=ROOT / "var" / "train", help="packages, checkpoints, sheets")
+    parser.add_argument("--target", type=Path, help="the model's folder; models/emoji, in a trial WORK/emoji")
+    parser.add_argument("--steps", type=int, help=f"of a training, after which its rate is zero; {STEPS}")
+    parser.add_argument("--until", type=int, help="stop at this step; a later call goes on")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--smoke", action="store_true", help=f"a trial of the whole way: {SMOKE} steps of each training"
+    )
+    return parser
+
+
+def run(part: str, options: argparse.Namespace) -> str:
+    """Run one part; what is to be said of it."""
+    work: Path = options.work
+    target = options.target or (work / "emoji" if options.smoke else ROOT / "models" / "emoji")
+    if part == "timing":
+        return json.dumps(timing(target))
+    if part == "evaluate":
+        return json.dumps(evaluate(target, pictures.keep(emojis(work / "npm")), work / "evaluation"), indent=1)
+    kept, pool = pictures.pool(work)
+    if part == "export":
+        return f"{export(work, kept, pool, target) / 1e6:.2f} MB of weights in {target}"
+    if part == "fetch":
+        return f"{len(kept)} concepts, {len(pool.images)} pictures"
+    steps = options.steps or STEPS[part]
+    until = min(steps, options.until or (SMOKE if options.smoke else steps))
+    device = _device(options.device)
+    if part == "autoencoder":
+        return f"loss {autoencoder.train(work, pool, steps, until, device):.4f}"
+    if part == "denoiser":
+        denoiser.forget_stale_latents(work)
+        return f"loss {denoiser.train(work, kept, pool, steps, until, device):.4f}"
+    losses = {style: lora.train(work, kept, pool, style, steps, until, device) for style in lora.ADAPTERS}
+    return ", ".join(f"{style} loss {loss:.4f}" for style, loss in losses.items())
+
+
+def _device(wanted: str) -> str:
+    found = torch.accelerator.current_accelerator(check_available=True) if wanted == "auto" else torch.device(wanted)
+    return str(found or "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The denoiser and the text encoder, trained together on the latents of the pool (v-prediction, Salimans & Ho 2022)."""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from models.train import autoencoder
+from models.train.checkpoint import Checkpoint
+from models.train.pictures import COLOURS, Pool
+from models.train.sources import Emoji
+from models.train.words import LENGTH, caption, make_tokenizer
+
+BATCH = 64
+RATE = 8e-4
+COLOURED = 0.2  # share of a batch that is recoloured
+WIDTH = 256  # of the text encoder
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The untrained denoiser: 14.0 M parameters on 8x8 latents of 16 channels."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(128, 224),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The untrained text encoder: two layers over the project's own vocabulary."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=WIDTH,
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule: Stable Diffusion's shape, taken so far (beta 0.02) that almost no signal is left at its end.
+
+    Every noise scheduler of diffusers understands these values; a rescaled zero terminal SNR only some do.
+    """
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.02,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,  # of no effect with trailing timesteps; StableDiffusionPipeline warns of any other value
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """The pool as the denoiser sees it: `values` (n, 16, 8, 8), and which rows are as they are or recoloured."""
+
+    values: torch.Tensor
+    concept: np.ndarray
+    colour: np.ndarray
+    plain: np.ndarray
+    coloured: np.ndarray
+
+
+def latents(work: Path, pool: Pool, vae: AutoencoderKL) -> Latents:
+    """Encode the pool's pictures of the base style once."""
+    rows = np.flatnonzero(pool.style == 0)
+    file = work / "latents.pt"
+    if not file.exists():
+        torch.save(autoencoder.encode(vae, pool.images[rows]).half(), file)
+    colour = pool.colour[rows]
+    return Latents(
+        torch.load(file, weights_only=True),
+        pool.concept[rows],
+        colour,
+        np.flatnonzero(colour < 0),
+        np.flatnonzero(colour >= 0),
+    )
+
+
+def prepare_autoencoder(work: Path, pool: Pool) -> AutoencoderKL:
+    """The trained autoencoder with its latents normalised over the pool."""
+    vae = autoencoder.load(work)
+    file = work / "latent_statistics.pt"
+    if not file.exists():
+        rows = np.flatnonzero((pool.style == 0) & (pool.colour < 0))[::8]
+        sample = autoencoder.encode(vae, pool.images[rows])
+        torch.save((sample.mean((0, 2, 3)), sample.std((0, 2, 3))), file)
+    autoencoder.normalise(vae, *torch.load(file, weights_only=True))
+    return vae
+
+
+def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
+    work: Path, kept: list[Emoji], pool: Pool, steps: int, until: int, device: str
+) -> float:
+    """Train to step `until` of `steps` (the learning rate falls to zero at `steps`); the last mean loss."""
+    data = latents(work, pool, prepare_autoencoder(work, pool))
+    tokenizer = make_tokenizer(kept, work / "tokenizer")
+    torch.manual_seed(0)
+    modules = {"unet": build_unet().to(device), "text_encoder": build_text_encoder(tokenizer).to(device)}
+    # On a CPU with AMX the fused attention's backward pass in bf16 is slower than plain matrix products.
+    modules["unet"].set_attn_processor(AttnProcessor() if device == "cpu" else AttnProcessor2_0())
+    parameters = [p for m in modules.values() for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    checkpoint = Checkpoint(work / "denoiser.pt", modules, optimizer)
+    checkpoint.load()
+    noise = build_scheduler()
+    losses: list[float] = []
+    began, start = time.monotonic(), checkpoint.step
+    while checkpoint.step < until:
+        step = checkpoint.step
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 300) * max(0.005, 1 - step / steps)
+        loss = _loss(modules, data, kept, tokenizer, noise=noise, rng=random.Random(step), device=device)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        checkpoint.step += 1
+        checkpoint.average(0.999)
+        losses.append(loss.item())
+        if checkpoint.step % 50 == 0:
+            speed = (time.monotonic() - began) / (checkpoint.step - start)
+            print(f"denoiser {checkpoint.step} loss {np.mean(losses[-50:]):.4f} {speed:.2f} s/step", flush=True)
+        if checkpoint.step % 200 == 0 or checkpoint.step == until:
+            checkpoint.save()
+    return float(np.mean(losses[-50:])) if losses else float("nan")
+
+
+def _loss(
+    modules: dict[str, torch.nn.Module],
+    data: Latents,
+    kept: list[Emoji],
+    tokenizer: CLIPTokenizer,
+    *,
+    noise: DDIMScheduler,
+    rng: random.Random,
+    device: str,
+) -> torch.Tensor:
+    coloured = int(BATCH * COLOURED)
+    rows = [int(data.plain[rng.randrange(len(data.plain))]) for _ in range(BATCH - coloured)]
+    rows += [int(data.coloured[rng.randrange(len(data.coloured))]) for _ in range(coloured)]
+    names = [*COLOURS, None]  # colour -1 is the last: none
+    captions = [caption(kept[data.concept[r]], names[data.colour[r]], rng) for r in rows]
+    clean = data.values[rows].to(device, torch.float32)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        text = modules["text_encoder"](tokenise(tokenizer, captions).to(device))[0]
+        return velocity_loss(modules["unet"], clean, text, noise)
+
+
+def tokenise(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """The token numbers of captions as the pipeline pads them, (n, LENGTH)."""
+    return tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+def velocity_loss(unet: torch.nn.Module, clean: torch.Tensor, text: torch.Tensor, noise: DDIMScheduler) -> torch.Tensor:
+    """The mean squared error of the predicted velocity at random timesteps."""
+    count = len(clean)
+    # One timestep from each of equally many equal parts: less variance than independent draws.
+    timesteps = ((torch.arange(count) + torch.rand(count)) / count * noise.config.num_train_timesteps).long()
+    timesteps = timesteps[torch.randperm(count)].to(clean.device)
+    drawn = torch.randn_like(clean)
+    predicted = unet(noise.add_noise(clean, drawn, timesteps), timesteps, text, return_dict=False)[0]
+    return F.mse_loss(predicted.float(), noise.get_velocity(clean, drawn, timesteps))

@@ -1,0 +1,41 @@
+"""The engine's one promise: made in company equals made alone."""
+
+import random
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, build_family, together
+
+RUNS = 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_made_in_company_equal_those_made_alone(name):
+    family = build_family(name)
+    alone = [family.alone(i) for i in range(RUNS)]
+    runs = [family.run(i) for i in range(RUNS)]
+    arrivals = [random.Random(name).randrange(6) for _ in range(RUNS)]
+    random.Random(name).shuffle(arrivals)
+
+    log = together(family, runs, arrivals)
+
+    assert [run.error for run in runs] == [None] * RUNS
+    spread = torch.stack(alone).std()
+    off = max((run.result - one).abs().max() / spread for run, one in zip(runs, alone, strict=True))
+    apart = min((a - b).abs().max() / spread for i, a in enumerate(alone) for b in alone[:i])
+    denoised = [entry for entry in log.forwards if entry[0] in {"unet", "transformer", "controlnet"}]
+    shared = sum(entry[2] for entry in denoised) / len(denoised)
+    print(f"{name}: error/spread {off:.1e}, others {apart:.1e} apart, {shared:.1f} runs a forward")
+    assert off < 1e-4
+    assert apart > 100 * off
+    assert shared > 2
+
+
+def test_a_run_alone_in_the_engine_equals_the_plain_pipeline():
+    family = build_family("SDXL")
+    run = family.run(4)
+
+    together(family, [run], [0])
+
+    assert (run.result - family.alone(4)).abs().max() <= 1e-6 * family.alone(4).std()

@@ -1,0 +1,237 @@
+"""Consumer: the RQ worker's loop, many jobs in one process: admit, step, settle. It alone knows RQ and the engine."""
+
+import signal
+import threading
+import time
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any, Final
+
+import structlog
+from redis.exceptions import RedisError
+from rq.timeouts import BaseDeathPenalty
+from rq.worker.base import BaseWorker, WorkerStatus
+
+from app.core.errors import GenerationFailed, SafelightError
+from app.core.job import JobStatus
+from app.core.metrics import WorkerMetrics
+from worker.engine.engine import Engine
+from worker.engine.run import Run
+from worker.finisher import Finisher
+from worker.heart import Heart, Pulse
+from worker.held import HeldJob
+from worker.intake import Intake, Room
+from worker.leases import Claim
+from worker.pipelines.load import WarmModel
+from worker.pipelines.tasks import runs_for
+from worker.reaper import Reaper
+
+log = structlog.get_logger()
+IDLE_SECONDS: Final = 0.5  # the longest sleep of an idle loop
+UNREADABLE: Final = GenerationFailed("The job's record cannot be read by this version; submit it again.")
+UNKNOWN: Final = GenerationFailed("The picture could not be made; the service's log says why.")
+
+
+class NoDeathPenalty(BaseDeathPenalty):
+    """RQ's timeouts raise in the main thread and cannot break a device call: ours are looked at between steps."""
+
+    def setup_death_penalty(self) -> None: ...
+
+    def cancel_death_penalty(self) -> None: ...
+
+
+class Consumer(BaseWorker):
+    """One process, one engine, many jobs. `connection` must not decode replies: RQ reads bytes."""
+
+    death_penalty_class = NoDeathPenalty
+
+    def __init__(
+        self,
+        *args: Any,
+        engine: Engine,
+        models: dict[str, WarmModel],
+        metrics: WorkerMetrics,
+        room: Room,
+        grace_seconds: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.engine = engine
+        self.models = models
+        self.metrics = metrics
+        self.room = room
+        self.bell = threading.Event()
+        self.held: dict[str, HeldJob] = {}
+        self._grace_seconds = grace_seconds
+        self._ended: SimpleQueue[tuple[HeldJob, JobStatus | None]] = SimpleQueue()
+        self._stop_at: float | None = None  # monotonic: when the grace period ends
+        self._is_final = False
+
+    def use(self, intake: Intake, heart: Heart, pulse: Pulse, finisher: Finisher, reaper: Reaper) -> None:
+        """The threads around the loop; they need the consumer, so they come after it."""
+        self.intake, self.heart, self.pulse, self.finisher, self.reaper = intake, heart, pulse, finisher, reaper
+
+    def request_stop(self, signum: int | None, frame: FrameType | None) -> None:
+        """The first signal drains, the second is final. Nothing is raised from here: RQ's own handler loses jobs so."""
+        self._is_final = self._stop_at is not None
+        self._stop_at = self._stop_at or time.monotonic() + self._grace_seconds
+        self.bell.set()
+
+    def end(self, held: HeldJob, status: JobStatus | None) -> None:
+        """Called by the finisher's threads: a job is out of our hands."""
+        self._ended.put((held, status))
+        self.bell.set()
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        """Take jobs and make them until told to stop; whether any was made."""
+        self.register_birth()
+        self.set_state(WorkerStatus.STARTED)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.request_stop)
+            signal.signal(signal.SIGTERM, self.request_stop)
+        for thread in (self.intake, self.heart, self.reaper):
+            thread.start()
+        try:
+            while not self._is_done:
+                self._turn()
+        finally:
+            self._leave()
+        return bool(self.successful_job_count)
+
+    @property
+    def _is_done(self) -> bool:
+        return self._stop_at is not None and not self.intake.is_open and (not self.held or self._is_final)
+
+    def _turn(self) -> None:
+        if self._stop_at is not None:
+            self._drain()
+        self._admit()
+        self._obey()
+        if self.engine.is_idle:
+            self.bell.wait(IDLE_SECONDS)
+            self.bell.clear()
+        else:
+            self._settle(self.engine.step())
+        self.pulse.moved()
+
+    def _drain(self) -> None:
+        if self.intake.is_open:
+            log.info("worker.draining", jobs=len(self.held))
+            self.intake.stop_claiming()
+        assert self._stop_at is not None
+        if self._is_final or time.monotonic() > self._stop_at:
+            for held in list(self.held.values()):
+                if self._take_back(held, "handed_back"):
+                    self.finisher.release(held)
+
+    def _admit(self) -> None:
+        for claim in _drained(self.intake.claims):
+            self._take(claim)
+
+    def _take(self, claim: Claim) -> None:
+        log.info("job.claimed", job_id=claim.id, request_id=claim.job.request_id if claim.job else None)
+        if claim.id in self.held:  # our own lease had passed, and the job came back to us
+            self._drop(self.held[claim.id], "lost")
+        held = self.held[claim.id] = HeldJob(claim)
+        try:
+            if claim.job is None:
+                raise UNREADABLE
+            held.runs = runs_for(self.models[claim.job.params.model], claim.job.params, claim.id)
+        except SafelightError as error:
+            self._fail(held, error)
+            return
+        self.metrics.queue_wait_seconds.labels(held.job.params.model).observe(held.queue_seconds)
+        for run in held.runs:
+            self.engine.add(run)
+        self.metrics.runs_in_flight.labels(held.job.params.model).inc(len(held.runs))
+
+    def _obey(self) -> None:
+        """Let go of what was cancelled, taken away by the reaper, or has ended."""
+        for job_id in _drained(self.intake.canceled):
+            if held := self.held.get(job_id):
+                self._drop(held, "canceled")
+        for held in _drained(self.heart.lost):
+            self._drop(held, "lost")
+        for held, status in _drained(self._ended):
+            self._forget(held, status)
+
+    def _drop(self, held: HeldJob, reason: str) -> None:
+        if not self._take_back(held, reason):
+            return
+        log.info("job.dropped", job_id=held.id, reason=reason)
+        self.finisher.discard(held)
+        self._forget(held, None)
+
+    def _take_back(self, held: HeldJob, reason: str) -> bool:
+        """Stop the runs of a job; False where that was done before."""
+        if held.is_dropped:
+            return False
+        held.is_dropped = True
+        for run in held.runs:
+            self.engine.abort(run.id)
+        self.metrics.wasted_seconds_total.labels(reason).inc(held.denoiser_seconds)
+        return True
+
+    def _settle(self, finished: list[Run]) -> None:
+        now = time.monotonic()
+        for held in self.held.values():
+            held.observe(now)
+        for run in finished:
+            job_id, _, index = run.id.partition("/")
+            held = self.held[job_id]
+            if held.is_dropped:
+                continue
+            if run.error is None:
+                self.finisher.store(held, int(index), run.result)
+            else:
+                self._fail(held, _told(run, held))
+
+    def _fail(self, held: HeldJob, error: SafelightError) -> None:
+        if self._take_back(held, "failed"):
+            self.finisher.fail(held, error)
+
+    def _forget(self, held: HeldJob, status: JobStatus | None) -> None:
+        """The one way a job leaves our hands."""
+        if self.held.get(held.id) is not held:
+            return
+        del self.held[held.id]
+        self.room.leave(held.images)
+        self.intake.look()
+        model = held.model
+        self.metrics.runs_in_flight.labels(model).dec(len(held.runs))
+        if status is None:
+            return
+        self.metrics.jobs_total.labels(model, status).inc()
+        log.info("job.ended", job_id=held.id, status=status, request_id=held.request_id)
+        if status is JobStatus.SUCCEEDED:
+            self.successful_job_count += 1
+            seconds = held.queue_seconds + time.monotonic() - held.claimed_at
+            self.metrics.job_duration_seconds.labels(model).observe(seconds)
+            for name, value in held.timings.model_dump(exclude={"queue_seconds"}).items():
+                self.metrics.phase_seconds.labels(model, name.removesuffix("_seconds")).observe(value)
+
+    def _leave(self) -> None:
+        self.intake.close()
+        self.finisher.close(at_once=self._is_final)
+        self.reaper.close()
+        self.heart.close()
+        self.engine.close()
+        try:
+            self.register_death()
+        except (RedisError, OSError) as error:  # best effort: RQ forgets us when our key expires
+            log.warning("redis.unavailable", error=type(error).__name__)
+
+
+def _drained(queue: "SimpleQueue[Any]") -> list[Any]:
+    found = []
+    while True:
+        try:
+            found.append(queue.get_nowait())
+        except Empty:
+            return found
+
+
+def _told(run: Run, held: HeldJob) -> SafelightError:
+    """What the caller hears of a run that failed; the whole story goes to the log."""
+    log.error("run.failed", job_id=held.id, run=run.id, exc_info=run.error)
+    return run.error if isinstance(run.error, SafelightError) else UNKNOWN

@@ -1,0 +1,169 @@
+"""Finisher: threads that turn images into bytes in the object store, and a finished job into a commit."""
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+from PIL import Image
+from redis.exceptions import RedisError
+
+from app.core.errors import SafelightError, StorageUnavailable
+from app.core.job import JobFailure, JobStatus, Output
+from app.core.params import OutputFormat
+from app.core.storage import Storage, digest, object_key
+from worker.held import HeldJob
+from worker.leases import Leases
+
+log = structlog.get_logger()
+STORE_THREADS: Final = 8
+COMMIT_THREADS: Final = 4
+FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds between tries while the store or Redis is away
+
+FORMATS: Final[dict[OutputFormat, tuple[str, dict[str, Any]]]] = {
+    "png": ("png", {"compress_level": 4}),
+    "jpeg": ("jpg", {"quality": 92}),
+    "webp": ("webp", {"quality": 92}),
+}
+
+
+Picture = npt.NDArray[np.uint8]
+
+
+def encode(image: Picture, output_format: OutputFormat) -> bytes:
+    """The bytes of a picture (height, width, 3); no metadata in them."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, output_format.upper(), **FORMATS[output_format][1])
+    return buffer.getvalue()
+
+
+class Finisher:
+    """Stores and commits off the step loop. While the store or Redis is away the work waits; it is never given up."""
+
+    def __init__(self, storage: Storage, leases: Leases, on_end: Callable[[HeldJob, JobStatus | None], None]) -> None:
+        self._storage = storage
+        self._leases = leases
+        self._on_end = on_end  # the job is out of our hands: its status, or None where it was no longer ours
+        self._gave_up = threading.Event()
+        self._stores = ThreadPoolExecutor(STORE_THREADS, "store")
+        self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
+
+    def store(self, held: HeldJob, index: int, image: Picture) -> None:
+        """Store image `index`; the one that completes the job commits it."""
+        self._stores.submit(self._guarded, self._store, held, index, image)
+
+    def fail(self, held: HeldJob, error: SafelightError) -> None:
+        """Commit the job as failed."""
+        failure = JobFailure(code=error.code, message=error.message)
+        self._commits.submit(self._guarded, self._commit, held, JobStatus.FAILED, {"error": failure.model_dump()})
+
+    def release(self, held: HeldJob) -> None:
+        """Hand the job back to the queue."""
+        self._commits.submit(self._guarded, self._release, held)
+
+    def discard(self, held: HeldJob) -> None:
+        """Remove what this attempt stored of a job that is no longer ours."""
+        self._stores.submit(self._guarded, self._discard, held)
+
+    def close(self, *, at_once: bool) -> None:
+        """Wait for what was begun; `at_once`: let go of what waits, its leases end and other workers take it."""
+        if at_once:
+            self._gave_up.set()
+        self._stores.shutdown(wait=True, cancel_futures=at_once)
+        self._commits.shutdown(wait=True, cancel_futures=at_once)
+
+    def _guarded(self, work: Callable[..., None], held: HeldJob, *args: Any) -> None:
+        try:
+            work(held, *args)
+        except Exception:
+            # A bug of ours: the job is not lost, its lease ends and another worker takes it.
+            log.exception("finisher.failed", job_id=held.id)
+            self._on_end(held, None)
+
+    def _store(self, held: HeldJob, index: int, image: Picture) -> None:
+        start = time.monotonic()
+        output_format = held.job.params.output_format
+        body = encode(image, output_format)
+        output = Output(
+            key=object_key(held.id, held.claim.fence, index, FORMATS[output_format][0]),
+            seed=held.job.params.seed_of(index),
+            width=image.shape[1],
+            height=image.shape[0],
+            content_type=f"image/{output_format}",
+            bytes=len(body),
+            sha256=digest(body),
+        )
+        if not self._put(held, output, body):
+            return
+        with held.lock:
+            held.outputs[index] = output
+            held.store_seconds = max(held.store_seconds, time.monotonic() - start)
+            is_last = held.is_stored
+        if is_last:
+            self._commits.submit(self._guarded, self._commit, held, JobStatus.SUCCEEDED, self._result(held))
+
+    def _put(self, held: HeldJob, output: Output, body: bytes) -> bool:
+        """Put until it is there; False where the job was dropped meanwhile."""
+        wait = FIRST_WAIT
+        while not (held.is_dropped or self._gave_up.is_set()):
+            try:
+                self._storage.put(output.key, body, output.content_type)
+            except StorageUnavailable as error:
+                log.warning("store.unavailable", job_id=held.id, error=error.message, retry_in=wait)
+                self._gave_up.wait(wait)
+                wait = min(wait * 2, LONGEST_WAIT)
+            else:
+                return True
+        return False
+
+    def _result(self, held: HeldJob) -> dict[str, Any]:
+        outputs = [held.outputs[i].model_dump() for i in range(len(held.runs))]
+        return {"outputs": outputs, "timings": held.timings.model_dump(), "progress": held.progress.model_dump()}
+
+    def _commit(self, held: HeldJob, status: JobStatus, fields: dict[str, Any]) -> None:
+        committed = self._persist(held, lambda: self._leases.commit(held.claim, status, fields))
+        if committed and status is not JobStatus.SUCCEEDED:
+            self._delete(held)
+        elif not committed:
+            self._discard(held)
+        self._on_end(held, status if committed else None)
+
+    def _release(self, held: HeldJob) -> None:
+        self._persist(held, lambda: self._leases.release(held.claim))
+        self._discard(held)
+        self._on_end(held, None)
+
+    def _persist(self, held: HeldJob, write: Callable[[], bool]) -> bool:
+        """Write until Redis answers: every write is fenced, so one whose reply was lost may be repeated."""
+        wait = FIRST_WAIT
+        while not self._gave_up.is_set():
+            try:
+                return write()
+            except (RedisError, OSError) as error:
+                log.warning("redis.unavailable", job_id=held.id, error=type(error).__name__, retry_in=wait)
+                self._gave_up.wait(wait)
+                wait = min(wait * 2, 2.0)
+        return False
+
+    def _discard(self, held: HeldJob) -> None:
+        """Remove what was stored for a job that is not ours, having asked whether that is so."""
+        try:
+            is_committed = self._leases.is_committed(held.claim)
+        except (RedisError, OSError) as error:
+            log.warning("discard.failed", job_id=held.id, error=type(error).__name__)
+        else:
+            if not is_committed:
+                self._delete(held)
+
+    def _delete(self, held: HeldJob) -> None:
+        # Best effort: what is left over goes with the job's whole folder when its retention ends.
+        try:
+            for output in list(held.outputs.values()):
+                self._storage.delete(output.key)
+        except StorageUnavailable as error:
+            log.warning("discard.failed", job_id=held.id, error=error.message)

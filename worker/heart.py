@@ -1,0 +1,89 @@
+"""Heart: the thread that keeps the leases of what this worker holds, writes its progress, and says that it lives."""
+
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker.held import HeldJob
+from worker.leases import Leases
+
+log = structlog.get_logger()
+TICK_SECONDS: Final = 0.25  # how often progress is written, at most
+FORWARDS: Final = 10  # a step loop that ended none in this many of its longest forwards counts as hung
+
+
+class Pulse:
+    """When the step loop last moved. A hung device call stops the beats, and another worker takes the jobs."""
+
+    def __init__(self, lease_seconds: float, longest: float) -> None:
+        """`longest`: seconds of the longest forward seen in calibration."""
+        self._lease_seconds = lease_seconds
+        self._longest = longest
+        self._last = time.monotonic()
+
+    def moved(self) -> None:
+        """The loop came round."""
+        now = time.monotonic()
+        self._longest = max(self._longest, min(now - self._last, self._lease_seconds))
+        self._last = now
+
+    @property
+    def is_beating(self) -> bool:
+        return time.monotonic() - self._last < max(self._lease_seconds, FORWARDS * self._longest)
+
+
+class Heart:
+    """Beats for `held()` every lease/5 seconds, and whenever progress moved; lost jobs go into `lost`."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        held: Callable[[], list[HeldJob]],
+        pulse: Pulse,
+        announce: Callable[[], None],
+        *,
+        lease_seconds: float,
+        bell: threading.Event,
+    ) -> None:
+        self.lost: SimpleQueue[HeldJob] = SimpleQueue()
+        self._leases = leases
+        self._held = held
+        self._pulse = pulse
+        self._announce = announce
+        self._interval = lease_seconds / 5
+        self._bell = bell
+        self._closed = threading.Event()
+        self._due = 0.0
+        self._thread = threading.Thread(target=self._beat_forever, name="beat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _beat_forever(self) -> None:
+        while not self._closed.wait(TICK_SECONDS):
+            try:
+                self._beat()
+            except (RedisError, OSError) as error:
+                log.warning("redis.unavailable", error=type(error).__name__)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        is_due = now >= self._due
+        if self._pulse.is_beating:
+            held = {job.id: job for job in self._held() if not job.is_dropped}
+            beats = [beat for job in held.values() if (beat := job.beat(is_due=is_due))]
+            for job_id in self._leases.beat(beats) if beats else ():
+                self.lost.put(held[job_id])
+                self._bell.set()
+        if is_due:
+            self._announce()
+            self._due = now + self._interval

@@ -1,0 +1,102 @@
+"""HeldJob: a job in this worker's hands, from its claim to its commit."""
+
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from app.core.job import Job, Output, Progress, Timings
+from worker.engine.run import Run
+from worker.engine.target import Phase
+from worker.leases import Beat, Claim
+
+STORING = "storing"
+
+
+@dataclass(slots=True, eq=False)
+class HeldJob:
+    """The loop thread owns it; threads that store, commit and beat only read it, or set what is theirs."""
+
+    claim: Claim
+    runs: list[Run] = field(default_factory=list)
+    claimed_at: float = field(default_factory=time.monotonic)
+    outputs: dict[int, Output] = field(default_factory=dict)  # by image, as they are stored
+    is_dropped: bool = False  # cancelled, taken away or handed back: nothing of it counts any more
+    store_seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    phase_seconds: dict[str, dict[Phase, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
+    _last_seen: dict[str, tuple[Phase, float]] = field(default_factory=dict)
+    _last_beat: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.claim.id
+
+    @property
+    def job(self) -> Job:
+        assert self.claim.job is not None, "a job whose record cannot be read has no runs"
+        return self.claim.job
+
+    @property
+    def images(self) -> int:
+        return self.claim.job.params.num_images if self.claim.job else 1
+
+    @property
+    def model(self) -> str:
+        return self.claim.job.params.model if self.claim.job else "unknown"
+
+    @property
+    def request_id(self) -> str | None:
+        return self.claim.job.request_id if self.claim.job else None
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited, by Redis' clock."""
+        return max((self.job.started_at or self.job.created_at) - self.job.created_at, 0.0)
+
+    @property
+    def is_stored(self) -> bool:
+        return len(self.outputs) == len(self.runs)
+
+    @property
+    def denoiser_seconds(self) -> float:
+        return sum(run.seconds for run in self.runs)
+
+    @property
+    def progress(self) -> Progress:
+        """Steps done of all images together; the phase is that of the image furthest behind."""
+        steps, done = sum(r.steps for r in self.runs), sum(min(r.step, r.steps) for r in self.runs)
+        behind = next((r for r in self.runs if not r.is_finished), None)
+        return Progress(phase=str(behind.phase) if behind else STORING, step=done, steps=steps)
+
+    def observe(self, now: float) -> None:
+        """Charge the time since the last look to the phase each image is in. `now` is monotonic seconds."""
+        for run in self.runs:
+            phase, since = self._last_seen.get(run.id, (run.phase, now))
+            self.phase_seconds[run.id][phase] += now - since
+            self._last_seen[run.id] = (run.phase, now) if not run.is_finished else (Phase.QUEUED, now)
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds of each phase, of the image that took longest in it: images of a job are made side by side."""
+
+        def longest(phase: Phase) -> float:
+            return round(max((seconds[phase] for seconds in self.phase_seconds.values()), default=0.0), 4)
+
+        return Timings(
+            queue_seconds=round(self.queue_seconds, 4),
+            encode_seconds=longest(Phase.ENCODING),
+            denoise_seconds=longest(Phase.DENOISING),
+            decode_seconds=longest(Phase.DECODING),
+            store_seconds=round(self.store_seconds, 4),
+        )
+
+    def beat(self, *, is_due: bool) -> Beat | None:
+        """What to tell Redis: the progress if it moved, the bare lease if that is due, else nothing."""
+        progress = self.progress.model_dump_json()
+        if progress == self._last_beat:
+            return Beat(self.claim.id, self.claim.fence) if is_due else None
+        self._last_beat = progress
+        return Beat(self.claim.id, self.claim.fence, progress)

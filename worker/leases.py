@@ -1,0 +1,98 @@
+"""Claim, beat, commit, hand back: each one fenced, atomic step in Redis. A fence that has moved on means: not yours."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from redis import Redis
+
+from app.core import redis_keys as keys
+from app.core.job import Job, JobFailure, JobStatus, job_from_hash
+from app.core.queue import rq_time
+
+REAP_LIMIT: Final = 100
+POISON: Final = JobFailure(
+    code="poison", message="The job ended its worker again and again, at last while alone in it."
+)
+
+
+class Turn(Enum):
+    """What a worker hears that asked for a job and got none."""
+
+    NOTHING = "nothing waits"
+    DRAIN = "become empty first: a job that must run alone waits"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job in this worker's hands, for as long as `fence` holds. `job` is None where its record cannot be read."""
+
+    id: str
+    fence: int
+    is_alone: bool
+    job: Job | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One held job and, where it moved, its progress as JSON."""
+
+    id: str
+    fence: int
+    progress: str = ""
+
+
+class Leases:
+    """The worker's side of the queue. `redis` decodes replies; every call is one script."""
+
+    def __init__(self, redis: Redis, worker: str, *, lease_ms: int, retention_ms: int) -> None:
+        self._redis = redis
+        self._worker = worker
+        self._lease_ms = lease_ms
+        self._retention_ms = retention_ms
+
+    def claim(self, queue: str, *, is_idle: bool) -> Claim | Turn:
+        """Pop the next job of a queue and take it, or hear why there is none."""
+        reply = keys.CLAIM.run(self._redis, self._worker, queue, self._lease_ms, int(is_idle), rq_time())
+        if reply is None:
+            return Turn.NOTHING
+        if reply[0] == "drain":
+            return Turn.DRAIN
+        _, job_id, fence, alone, *flat = reply
+        return Claim(job_id, int(fence), alone == "1", _read(job_id, dict(zip(flat[::2], flat[1::2], strict=True))))
+
+    def beat(self, beats: Iterable[Beat]) -> list[str]:
+        """Extend the leases of these jobs and write their progress; the ids that are no longer ours."""
+        flat = [part for b in beats for part in (b.id, b.fence, b.progress)]
+        lost: list[str] = keys.BEAT.run(self._redis, self._lease_ms, *flat)
+        return lost
+
+    def commit(self, claim: Claim, status: JobStatus, fields: Mapping[str, Any]) -> bool:
+        """Write a job's end; False where the fence no longer holds. Safe to repeat after a lost reply."""
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+        outcome = keys.COMMIT.run(
+            self._redis, claim.id, claim.fence, status, self._retention_ms, json.dumps(texts), rq_time()
+        )
+        return bool(outcome != "lost")
+
+    def release(self, claim: Claim) -> bool:
+        """Hand a job back unfinished, its tries unchanged; False where the fence no longer holds."""
+        return bool(keys.RELEASE.run(self._redis, claim.id, claim.fence) == "done")
+
+    def is_committed(self, claim: Claim) -> bool:
+        """Whether this very claim's end is what the job's record holds."""
+        return bool(self._redis.hget(keys.JOB + claim.id, "committed") == str(claim.fence))
+
+    def reap(self) -> dict[str, str]:
+        """Put the jobs of the dead back; what became of each: requeued, alone or poison."""
+        reply = keys.REAP.run(self._redis, REAP_LIMIT, self._retention_ms, POISON.model_dump_json(), rq_time())
+        return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _read(job_id: str, fields: Mapping[str, str]) -> Job | None:
+    try:
+        return job_from_hash({"id": job_id, **fields})
+    except (KeyError, ValueError):  # written by another version: the job fails, the worker lives
+        return None

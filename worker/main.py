@@ -1,0 +1,218 @@
+"""The worker's bootstrap: settings -> pipeline -> engine -> consumer; warm up; run."""
+
+import os
+import resource
+import secrets
+import socket
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+
+import structlog
+import torch
+from prometheus_client import start_http_server
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from app.core import logs, processes
+from app.core.catalog import Catalog, ModelSpec, load_catalog
+from app.core.connections import connect
+from app.core.errors import ConfigError
+from app.core.metrics import WorkerMetrics
+from app.core.redis_keys import queue_name
+from app.core.settings import Settings, load_settings, redis_url, url_secret
+from app.core.storage import open_storage
+from worker.consumer import Consumer
+from worker.engine.engine import Engine
+from worker.engine.target import Target
+from worker.finisher import Finisher
+from worker.heart import Heart, Pulse
+from worker.intake import Intake, Room
+from worker.leases import Leases
+from worker.pipelines.load import load
+from worker.pipelines.tasks import warm_up
+from worker.reaper import Reaper
+
+log = structlog.get_logger()
+CONFIG_EXIT = 2  # tells the supervisor that starting again will not help
+
+
+class ForwardMetrics:
+    """The engine's observer: every forward of a denoiser, by model."""
+
+    def __init__(self, metrics: WorkerMetrics, targets: dict[str, Target]) -> None:
+        self._metrics = metrics
+        self._denoisers = {name: name.partition(":")[0] for name, target in targets.items() if target.is_denoiser}
+        self.busy_seconds = dict.fromkeys(self._denoisers.values(), 0.0)
+        self.longest = 0.0  # seconds
+
+    def forward(self, module_name: str, rows: int, runs: int, seconds: float) -> None:
+        self.longest = max(self.longest, seconds)
+        if module_name not in self._denoisers:
+            return
+        model = self._denoisers[module_name]
+        self.busy_seconds[model] += seconds
+        self._metrics.step_duration_seconds.labels(model).observe(seconds)
+        self._metrics.batch_rows.labels(model).observe(rows)
+        self._metrics.batch_runs.labels(model).observe(runs)
+
+
+class Announcer:
+    """Says that this worker lives, to Safelight and to RQ's tools, and reads the slow gauges."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        consumer: Consumer,
+        process: processes.Process,
+        metrics: WorkerMetrics,
+        observer: ForwardMetrics,
+    ) -> None:
+        self._redis, self._consumer, self._process, self._metrics = redis, consumer, process, metrics
+        self._observer = observer
+        self._seen = (time.monotonic(), dict(observer.busy_seconds))
+
+    def __call__(self) -> None:
+        runs = self._consumer.room.images
+        processes.beat(self._redis, replace(self._process, runs=runs))
+        self._consumer.heartbeat(timeout=60)
+        self._gauge()
+
+    def _gauge(self) -> None:
+        now, (since, before) = time.monotonic(), self._seen
+        for model, busy in self._observer.busy_seconds.items():
+            share = (busy - before[model]) / max(now - since, 1e-6)
+            self._metrics.denoiser_busy_ratio.labels(model).set(min(share, 1.0))
+        self._seen = (now, dict(self._observer.busy_seconds))
+        memory = self._metrics.device_memory_bytes
+        memory.labels("cpu", "peak").set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if torch.cuda.is_available():
+            memory.labels("cuda", "allocated").set(torch.cuda.memory_allocated())
+            memory.labels("cuda", "peak").set(torch.cuda.max_memory_allocated())
+
+
+def main() -> None:
+    """Run one worker until it is told to stop."""
+    try:
+        settings = load_settings()
+        logs.configure(settings.log_format, "worker")
+        run(settings)
+    except ConfigError as error:
+        print(f"safelight worker: {error.message}", file=sys.stderr)  # noqa: T201  # for the person who starts it
+        sys.exit(CONFIG_EXIT)
+
+
+def run(settings: Settings) -> None:
+    """Build everything, warm up, and work. Raises ConfigError."""
+    torch.set_num_threads(settings.threads)
+    url = redis_url(settings)
+    storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
+    metrics = WorkerMetrics()
+    started = time.monotonic()
+    models = {spec.name: load(spec, settings.device, spec.dtype) for spec in served(settings)}
+    targets = {f"{name}:{part}": target for name, model in models.items() for part, target in model.modules.items()}
+    observer = ForwardMetrics(metrics, targets)
+    engine = Engine(targets, observer, max_batch=None if settings.max_batch == "auto" else settings.max_batch)
+    for model in models.values():
+        warm_up(model, engine)
+        metrics.model_load_seconds.labels(model.spec.name).set(time.monotonic() - started)
+        log.info("model.warm", model=model.spec.name, device=str(model.device))
+
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    rq_connection = connect(url, decode=False)
+    _await_redis(rq_connection)
+    queues = [Queue(queue_name(m), connection=rq_connection, serializer=JSONSerializer) for m in models]
+    room = Room(settings.max_runs)
+    consumer = Consumer(
+        queues,
+        name=name,
+        connection=rq_connection,
+        serializer=JSONSerializer,
+        engine=engine,
+        models=models,
+        metrics=metrics,
+        room=room,
+        grace_seconds=settings.grace_seconds,
+    )
+
+    def leases() -> Leases:
+        # A connection of its own for each kind of call: a slow pop must not hold up a beat or a commit.
+        return Leases(connect(url), name, lease_ms=settings.lease_ms, retention_ms=settings.retention_ms)
+
+    pulse = Pulse(settings.lease_seconds, observer.longest)
+    process = processes.Process(
+        name=name,
+        kind="worker",
+        metrics=_serve_metrics(settings, metrics),
+        version=version("safelight"),
+        models=tuple(models),
+        device=", ".join(sorted({str(m.device) for m in models.values()})),
+        max_runs=settings.max_runs,
+        started_at=time.time(),
+    )
+    announcer = Announcer(connect(url), consumer, process, metrics, observer)
+    heart = Heart(
+        leases(),
+        lambda: list(consumer.held.values()),
+        pulse,
+        announcer,
+        lease_seconds=settings.lease_seconds,
+        bell=consumer.bell,
+    )
+    intake = Intake(leases(), connect(url), [q.name for q in queues], room, consumer.bell)
+    finisher = Finisher(storage, leases(), consumer.end)
+    reaper = Reaper(leases(), connect(url), storage, metrics.recovered_jobs_total)
+    consumer.use(intake, heart, pulse, finisher, reaper)
+    log.info("worker.ready", name=name, models=list(models), metrics=process.metrics)
+    try:
+        consumer.work()
+    finally:
+        _farewell(url, name)
+    log.info("worker.left", name=name)
+
+
+def served(settings: Settings) -> list[ModelSpec]:
+    """The models this worker serves: those SAFELIGHT_SERVE names, else all of the catalog. Raises ConfigError."""
+    catalog: Catalog = load_catalog(settings.models)
+    for name in settings.serve:
+        if name not in catalog.models:
+            raise ConfigError(f"SAFELIGHT_SERVE: {name!r} is not in {settings.models}; it has {list(catalog.models)}")
+    return [m for m in catalog.models.values() if not settings.serve or m.name in settings.serve]
+
+
+def _await_redis(redis: Redis) -> None:
+    while True:
+        try:
+            redis.ping()
+        except (RedisError, OSError) as error:
+            log.warning("redis.unavailable", error=type(error).__name__)
+            time.sleep(0.5)
+        else:
+            return
+
+
+def _serve_metrics(settings: Settings, metrics: WorkerMetrics) -> str:
+    """Serve the metrics on a port of their own; the host:port by which Prometheus reaches it."""
+    address = "127.0.0.1" if settings.is_loopback else "0.0.0.0"  # noqa: S104  # containers are scraped from outside
+    try:
+        server, _ = start_http_server(settings.metrics_port, addr=address, registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"SAFELIGHT_METRICS_PORT: cannot listen on {settings.metrics_port}: {error.strerror}"
+        ) from error
+    host = address if settings.is_loopback else socket.gethostname()
+    return f"{host}:{server.server_port}"
+
+
+def _farewell(url: str, name: str) -> None:
+    try:
+        processes.leave(connect(url, timeout=1.0), name)
+    except (RedisError, OSError) as error:  # best effort: what we said of ourselves expires
+        log.warning("redis.unavailable", error=type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()
