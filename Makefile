@@ -5,12 +5,12 @@ HOST ?= 127.0.0.1
 DATA ?= ./var
 BIN := .venv/bin
 
-.PHONY: run test check format bench chaos images clean
+.PHONY: run test check format servers clean
 
 run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
-test: check
+test: check servers
 	$(BIN)/pytest -q
 
 check: .venv/dev.stamp
@@ -23,18 +23,30 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Servers that tests run against and PyPI does not have; on Debian and Ubuntu, as root, they are installed here.
+APT := redis-server:redis-server promtool:prometheus
+servers:
+	@missing=""; for pair in $(APT); do \
+	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	  else echo "make test needs these Debian packages (or their like):$$missing" >&2; exit 1; fi; fi
+
 # Set-up: pip into .venv with the constraints file. Without a GPU the CPU index is used where it answers.
 .venv/pip.stamp:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/run.stamp: .venv/pip.stamp pyproject.toml constraints.txt
+.venv/run.stamp: pyproject.toml constraints.txt | .venv/pip.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$($(BIN)/python deploy/torch_index.py) --editable ".[api,worker]"
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[api,worker,train,dev]"
 	@touch $@
+
+-include deploy/images.mk
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

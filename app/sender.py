@@ -44,10 +44,12 @@ log = structlog.get_logger()
 
 CONCURRENCY: Final = 64  # attempts at a time
 PER_HOST: Final = 4  # of them to one host; to a host that did not answer last time, one
-WAITING: Final = 32  # deliveries kept in hand for a busy host; the others go back to the outbox
+WAITING: Final = 128  # deliveries kept in hand for a busy host; the others go back to the outbox
+IN_HAND: Final = 1024  # of them in all
 STALE_SECONDS: Final = 30  # in hand this long: go back before the hold of `webhooks.take` ends
 FAR_SECONDS: Final = 300  # the longest that a delivery is put back for
-POLL_SECONDS: Final = 1.0  # the outbox is looked at this often without a bell, which is when retries come due
+POLL_SECONDS: Final = 1.0  # the outbox is looked at this often without a bell, for retries come due silently
+BUSY_SECONDS: Final = 0.05  # and this often while something is there that was put back
 TOTAL_SECONDS: Final = 15.0  # an attempt, from looking up the name to the end of the reply
 DRAIN_SECONDS: Final = TOTAL_SECONDS + 3
 SETTLE_SECONDS: Final = 30  # how long the outcome of an attempt is kept for a Redis that is away
@@ -84,7 +86,7 @@ class Host:
 
     running: int = 0
     is_silent: bool = False
-    seconds: float = 0.1  # the last attempt took
+    seconds: float = 0.02  # the last attempt took
     next_due: float = 0.0  # when the place of the next one that is put back comes up (monotonic)
     waiting: deque[tuple[Delivery, float]] = field(default_factory=deque)
 
@@ -128,6 +130,7 @@ class Sender:
         self._bell = asyncio.Event()
         self._stopping = asyncio.Event()
         self._hosts: dict[str, Host] = {}
+        self._busy_until = 0.0  # the last of what was put back is due (monotonic)
         self._attempts: set[asyncio.Task[None]] = set()
         self._errands: set[asyncio.Task[None]] = set()  # deliveries on their way back to the outbox
 
@@ -160,7 +163,7 @@ class Sender:
                 continue
             pause = BACKOFF[0]
             if not has_more:
-                await self._wait(POLL_SECONDS)
+                await self._wait(BUSY_SECONDS if time.monotonic() < self._busy_until else POLL_SECONDS)
 
     async def _take(self) -> bool:
         """Begin what is due, as far as there is room; whether there may be more."""
@@ -195,7 +198,7 @@ class Sender:
         host = self._hosts.setdefault(_origin(delivery.url), Host())
         if host.has_room:
             self._begin(host, delivery)
-        elif len(host.waiting) < WAITING:
+        elif len(host.waiting) < WAITING and sum(len(h.waiting) for h in self._hosts.values()) < IN_HAND:
             host.waiting.append((delivery, time.monotonic()))
         else:
             self._put_back(delivery, host.delay(time.monotonic()))
@@ -223,6 +226,7 @@ class Sender:
             self._hosts.pop(_origin(delivery.url), None)
 
     def _put_back(self, delivery: Delivery, seconds: float) -> None:
+        self._busy_until = max(self._busy_until, time.monotonic() + seconds + BUSY_SECONDS)
         self._go(webhooks.put_back(self._redis, delivery.id, seconds))
 
     def _go(self, errand: Awaitable[None]) -> None:

@@ -10,12 +10,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 targets=("${@:-api}")
+declare -A modules=([api]=app.main [worker]=worker.main [sender]=app.sender)
 python=${PYTHON:-.venv/bin/python}
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 base=build/images/bookworm.tar
 wheels=build/wheels
 
 fail() { echo "images: $*" >&2; exit 1; }
+
+for target in "${targets[@]}"; do
+  [ -n "${modules[$target]:-}" ] || fail "$target is none of: ${!modules[*]}"
+done
 
 for tool in buildah debootstrap; do
   command -v "$tool" >/dev/null || fail "$tool is missing; apt-get install --no-install-recommends buildah debootstrap"
@@ -95,6 +100,9 @@ look_inside() { # target image
   echo "images: $1 $(du -sm "$root" | cut -f1) MB unpacked, of it /opt/safelight $(du -sm "$root/opt/safelight" | cut -f1) MB;" \
     "holds none of: $unwanted"
   buildah_ umount "$container" >/dev/null
+  # What was taken out must not be missed.
+  buildah_ run --isolation chroot "$container" -- /opt/safelight/bin/python -c "import app.cli, ${modules[$1]}" \
+    || fail "$1 misses a module that it needs"
   buildah_ rm "$container" >/dev/null
 }
 

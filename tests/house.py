@@ -1,4 +1,4 @@
-"""A whole Safelight of real processes for end-to-end tests: API, workers and sender on a Redis and a store of one's own."""
+"""A whole Safelight of real processes for end-to-end tests, on a Redis and a store of one's own."""
 
 import io
 import os

@@ -4,12 +4,12 @@ import threading
 from typing import Final
 
 import structlog
-from app.core.retention import sweep
 from prometheus_client import Counter
 from redis import Redis
 from redis.exceptions import RedisError
 
 from app.core.errors import StorageUnavailable
+from app.core.retention import sweep
 from app.core.storage import Storage
 from worker.leases import Leases
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
@@ -107,7 +108,15 @@ def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reply = problem(_translated(error), request.state.request_id)
     reply.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        reply.headers["Allow"] = ", ".join(sorted(_methods(request)))
     return reply
+
+
+def _methods(request: Request) -> set[str]:
+    # The router names only those of the first route that has the path.
+    routes = iter_route_contexts(request.app.routes)
+    return {m for r in routes if r.methods and r.path_regex.match(request.url.path) for m in r.methods}
 
 
 def _translated(error: HTTPException) -> SafelightError:

@@ -5,10 +5,14 @@ from redis.asyncio import BlockingConnectionPool as AsyncBlockingConnectionPool
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 TIMEOUT = 5.0  # seconds a command may take
 POOL = 64
+# A managed Redis' word of its maintenance. With it on, redis-py does not look whether an idle connection is still open,
+# so after a restart of Redis each one fails a command.
+NO_MAINTENANCE = MaintNotificationsConfig(enabled=False)
 
 
 def connect(url: str, *, timeout: float = TIMEOUT, decode: bool = True) -> Redis:
@@ -20,6 +24,7 @@ def connect(url: str, *, timeout: float = TIMEOUT, decode: bool = True) -> Redis
         socket_connect_timeout=timeout,
         retry=Retry(NoBackoff(), 0),
         health_check_interval=15,
+        maint_notifications_config=NO_MAINTENANCE,
     )
 
 
@@ -34,5 +39,6 @@ def connect_async(url: str, *, timeout: float = TIMEOUT) -> AsyncRedis:
         socket_connect_timeout=timeout,
         retry=AsyncRetry(NoBackoff(), 0),
         health_check_interval=15,
+        maint_notifications_config=NO_MAINTENANCE,
     )
     return AsyncRedis.from_pool(pool)  # so that closing the client closes the pool

@@ -9,7 +9,7 @@ import torch
 from models.train import autoencoder, denoiser, lora, pictures
 from models.train.evaluate import evaluate
 from models.train.export import export
-from models.train.sources import emojis
+from models.train.sources import Emoji, emojis
 from models.train.timing import timing
 
 ROOT = Path(__file__).parents[2]
@@ -47,24 +47,29 @@ def run(part: str, options: argparse.Namespace) -> str:
     work: Path = options.work
     target = options.target or (work / "emoji" if options.smoke else ROOT / "models" / "emoji")
     if part == "timing":
-        return json.dumps(timing(target))
+        return json.dumps(timing(target), indent=1)
     if part == "evaluate":
         return json.dumps(evaluate(target, pictures.keep(emojis(work / "npm")), work / "evaluation"), indent=1)
     kept, pool = pictures.pool(work)
+    if part in STEPS:
+        return _train(part, kept, pool, options)
     if part == "export":
         return f"{export(work, kept, pool, target) / 1e6:.2f} MB of weights in {target}"
-    if part == "fetch":
-        return f"{len(kept)} concepts, {len(pool.images)} pictures"
+    return f"{len(kept)} concepts, {len(pool.images)} pictures"
+
+
+def _train(part: str, kept: list[Emoji], pool: pictures.Pool, options: argparse.Namespace) -> str:
     steps = options.steps or STEPS[part]
     until = min(steps, options.until or (SMOKE if options.smoke else steps))
-    device = _device(options.device)
+    work, device = options.work, _device(options.device)
     if part == "autoencoder":
-        return f"loss {autoencoder.train(work, pool, steps, until, device):.4f}"
-    if part == "denoiser":
+        losses = {part: autoencoder.train(work, pool, steps, until, device)}
+    elif part == "denoiser":
         denoiser.forget_stale_latents(work)
-        return f"loss {denoiser.train(work, kept, pool, steps, until, device):.4f}"
-    losses = {style: lora.train(work, kept, pool, style, steps, until, device) for style in lora.ADAPTERS}
-    return ", ".join(f"{style} loss {loss:.4f}" for style, loss in losses.items())
+        losses = {part: denoiser.train(work, kept, pool, steps, until, device)}
+    else:
+        losses = {style: lora.train(work, kept, pool, style, steps, until, device) for style in lora.ADAPTERS}
+    return f"step {until} of {steps}, " + ", ".join(f"{what} loss {loss:.4f}" for what, loss in losses.items())
 
 
 def _device(wanted: str) -> str:

@@ -1,6 +1,7 @@
 """The model card: what the bundled model is, where it comes from, and what it can do by the figures measured."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from models.train.pictures import COLOURS, KEPT
 from models.train.sources import FLAT, PICTURES, WORDS
 
 USES = {PICTURES: "the 3D pictures", WORDS: "English names and keywords", FLAT: "the flat pictures of one adapter"}
+FOUND = ("first", "among_five")
+STATISTICS = ("brightness", "saturation", "shading")
 
 
 def write(folder: Path) -> None:
@@ -63,8 +66,8 @@ pictures and no scraped data were used. The weights are under the MIT licence, a
 - Autoencoder: 64x64 pixels to 8x8 latents of 16 channels, 3.9 M parameters, mean squared error and edges, KL weight
   1e-4, running averages, latents normalised to deviation 1.
 - Text encoder: CLIP's architecture, two layers of width 256, a vocabulary of 1,800 learnt from the captions.
-- Denoiser: 14.0 M parameters, two levels of 128 and 224 channels with cross-attention, v-prediction over 1,000 timesteps
-  (scaled linear betas to 0.02), AdamW at 8e-4 falling to zero, batches of 64, stratified timesteps, running averages.
+- Denoiser: 14.0 M parameters, two levels of 128 and 224 channels with cross-attention, v-prediction over 1,000
+  timesteps (scaled linear betas to 0.02), AdamW at 8e-4 falling to zero, batches of 64, running averages.
 - Adapters: LoRA on every attention projection; `flat` from Fluent's flat style, `night` from a neon palette on a dark
   ground. Base and text encoder stay as they are."""
 
@@ -72,45 +75,51 @@ pictures and no scraped data were used. The weights are under the MIT licence, a
 def _results(figures: dict[str, Any]) -> list[str]:
     if "names" not in figures:
         return []
-    rows = [
-        _rates("200 names, one picture each", figures["names"]),
-        _rates("100 keywords that at most three concepts share", figures["keywords"]),
-        _rates("40 short sentences", figures["sentences"]),
-        _rates("40 pairs of a colour and an object never seen together (in grey)", figures["unseen_colours"]),
-    ]
     unseen, negative = figures["unseen_colours"], figures["negative_prompt"]
+    prompts = {
+        "200 names, one picture each": figures["names"],
+        "100 keywords that at most three concepts share": figures["keywords"],
+        "40 short sentences": figures["sentences"],
+        "40 colours before objects they never stood before (compared in grey)": unseen,
+    }
+    adapters = {
+        f"{style} at {weight}": row for style, weights in figures["adapters"].items() for weight, row in weights.items()
+    }
     return [
-        "\n## What it can do\n",
-        "One picture a prompt from a fixed seed, 20 steps, guidance 5; nearest kept picture by pixels at 32x32, centred, as"
-        "\nit is or mirrored. `python -m models.train evaluate` measures it again.\n",
-        "| prompts | right one first | among the first five |\n|---|---|---|",
-        *rows,
-        f"\nOf the unseen pairs {percent(unseen['colour'])} have the colour asked for, {percent(unseen['both'])} both."
-        f" The autoencoder's PSNR over all kept pictures is {figures['autoencoder']['psnr']} dB. Three seeds of one prompt"
-        f"\ndiffer by {figures['seeds']['mean_difference']} of 255 on average.\n",
-        f"With what a broad word ({negative['count']} pictures) showed as the negative prompt,"
-        f" {percent(negative['still_shown'])} still show it.\n",
-        "| guidance | first | among five | saturation |\n|---|---|---|---|",
-        *(f"{_rates(value, row)} {row['saturation']} |" for value, row in figures["guidance"].items()),
-        "\n| steps | first | among five | difference from 50 steps |\n|---|---|---|---|",
-        *(f"{_rates(value, row)} {row['difference_from_last']} |" for value, row in figures["steps"].items()),
-        "\n| adapter | weight | brightness | saturation | shading |\n|---|---|---|---|---|",
-        *(
-            f"| {style} | {weight} | {row['brightness']} | {row['saturation']} | {row['shading']} |"
-            for style, by_weight in figures["adapters"].items()
-            for weight, row in by_weight.items()
-        ),
-        "\nBrightness is the whole picture's (of 255), saturation the object's (of 1), shading the share of the object's"
-        "\nneighbouring pixels that differ by 2 to 16 of 255.",
+        f"""
+## What it can do
+
+One picture a prompt from a fixed seed, 20 steps, guidance 5; the nearest kept picture by pixels at 32x32, centred, as
+it is or mirrored. `python -m models.train evaluate` measures it again.
+
+{_table(("prompts", "right one first", "among the first five"), prompts, FOUND)}
+
+- Of the never seen pairs {_percent(unseen["colour"])} have the colour asked for, {_percent(unseen["both"])} both.
+- The autoencoder's PSNR over all kept pictures is {figures["autoencoder"]["psnr"]} dB.
+- Three seeds of one prompt differ by {figures["seeds"]["mean_difference"]} of 255 on average.
+- {negative["count"]} pictures of broad words ("bird"), painted again with what they showed as the negative prompt:
+  {_percent(negative["still_shown"])} still show it.
+
+{_table(("guidance", "first", "among five", "saturation"), figures["guidance"], (*FOUND, "saturation"))}
+
+{_table(("steps", "first", "among five", "difference from 50"), figures["steps"], (*FOUND, "difference_from_last"))}
+
+{_table(("adapter", *STATISTICS), adapters, STATISTICS)}
+
+Brightness is the whole picture's (of 255), saturation the object's (of 1), shading the share of the object's
+neighbouring pixels that differ by 2 to 16 of 255."""
     ]
 
 
-def _rates(what: str, row: dict[str, Any]) -> str:
-    return f"| {what} | {percent(row['first'])} | {percent(row['among_five'])} |"
+def _table(header: Sequence[str], rows: dict[str, dict[str, Any]], fields: Sequence[str]) -> str:
+    lines = [header, ["---"] * len(header)]
+    for what, row in rows.items():
+        lines.append([what, *(_percent(row[f]) if f in FOUND else str(row[f]) for f in fields)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _speed(figures: dict[str, Any]) -> list[str]:
@@ -119,11 +128,16 @@ def _speed(figures: dict[str, Any]) -> list[str]:
     timing = figures["timing"]
     forwards = timing["milliseconds_a_forward"]
     return [
-        f"\n## Speed\n\nOn one thread of a shared server CPU, fp32: loading {timing['load_seconds']} s, a picture of 20"
-        f" steps {timing['seconds_a_picture']} s; weights {timing['weights_bytes'] / 1e6:.1f} MB. A forward of the"
-        f" denoiser by\nrows; the best rate is {timing['best_over_two']} times that of two rows.\n",
-        f"| rows | {' | '.join(forwards)} |\n|---|{'---|' * len(forwards)}",
-        f"| ms | {' | '.join(str(t) for t in forwards.values())} |",
+        f"""
+## Speed
+
+On one thread of a server's CPU, fp32: loading takes {timing["load_seconds"]} s, a picture of 20 steps
+{timing["seconds_a_picture"]} s. The weights are {timing["weights_bytes"] / 1e6:.1f} MB. A forward of the denoiser,
+by its number of rows (the best rate of rows is {timing["best_over_two"]} times that of two rows):
+
+| rows | {" | ".join(forwards)} |
+|{"---|" * (1 + len(forwards))}
+| ms | {" | ".join(str(t) for t in forwards.values())} |"""
     ]
 
 
@@ -133,8 +147,8 @@ def _limits(figures: dict[str, Any]) -> str:
     return f"""
 ## Limits
 
-- It knows the concepts of `names.tsv` and no others; anything else comes out as one of them, or as a mixture. It does not
-  count, place or combine objects: "a fox and an owl" is one animal or a blend.
+- It knows the concepts of `names.tsv` and no others; anything else comes out as one of them, or as a mixture. It does
+  not count, place or combine objects: "a fox and an owl" is one animal or a blend.
 - Words are matched as the captions use them, lower case, English; a prompt is cut after 30 tokens.
 - Colours: {", ".join(COLOURS)}. Each recolours the whole object.
 - Pictures are 64x64; small text, thin lines and faces are soft, as 8x8 latents leave them.

@@ -114,6 +114,16 @@ def prepare_autoencoder(work: Path, pool: Pool) -> AutoencoderKL:
     return vae
 
 
+def forget_stale_latents(work: Path) -> None:
+    """Remove latents of an earlier state of the autoencoder. Raises ValueError if a denoiser has learnt from them."""
+    trained = (work / "autoencoder.pt").stat().st_mtime
+    stale = [file for file in work.glob("latent*.pt") if file.stat().st_mtime < trained]
+    if stale and (work / "denoiser.pt").exists():
+        raise ValueError(f"{work}/autoencoder.pt is newer than the latents of denoiser.pt; remove denoiser.pt to go on")
+    for file in stale:
+        file.unlink()
+
+
 def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
     work: Path, kept: list[Emoji], pool: Pool, steps: int, until: int, device: str
 ) -> float:

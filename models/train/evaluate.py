@@ -60,7 +60,7 @@ def open_studio(target: Path, kept: Sequence[Emoji], folder: Path) -> Studio:
         library.utils.logging.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(target, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return Studio(pipe, kept, Judge(judge.references(list(kept))), folder)
+    return Studio(pipe, kept, Judge(judge.references(judge.originals(kept))), folder)
 
 
 def evaluate(target: Path, kept: list[Emoji], folder: Path) -> Figures:
@@ -104,7 +104,7 @@ def share(right: npt.NDArray[np.bool_] | Sequence[bool]) -> float:
 
 def reconstruction(studio: Studio) -> Figures:
     """Row 1: the autoencoder over one picture of each kept concept."""
-    references = judge.references(list(studio.kept))[-1]
+    references = judge.references(judge.originals(studio.kept))[-1]
     error = ((autoencoder.reconstruct(studio.pipe.vae, references).astype(np.float32) - references) / 127.5) ** 2
     each = [autoencoder.psnr(e) for e in error.mean((1, 2, 3))]
     return {"autoencoder": {"psnr": round(autoencoder.psnr(error.mean()), 2), "psnr_mean": round(np.mean(each), 2)}}

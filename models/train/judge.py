@@ -1,5 +1,8 @@
 """Judge: which of the kept concepts a picture shows, by pixels alone."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -8,6 +11,7 @@ from models.train.pictures import COLOURS, Picture, colourise, place
 from models.train.sources import Emoji
 
 SIZES = (0.84, 0.88, 0.92, 0.96, 1.0)  # the sizes that training pictures have
+ACROSS = 25  # tiles a row
 SIDE = 32  # pixels at which pictures are compared
 CONTRAST = 24  # of 255: what differs more from the border's colour belongs to the object
 
@@ -15,7 +19,7 @@ CONTRAST = 24  # of 255: what differs more from the border's colour belongs to t
 class Judge:
     """Compares with training pictures of each concept: every size of SIZES, as it is and mirrored.
 
-    `references` has the shape (sizes, concepts, 64, 64, 3).
+    `references` has the shape (sizes, concepts, side, side, 3).
     """
 
     def __init__(self, references: Picture) -> None:
@@ -32,10 +36,31 @@ class Judge:
         return _distances(_flatten(grey(centre(pictures))), self.grey).argsort(1, kind="stable")
 
 
-def references(kept: list[Emoji]) -> Picture:
-    """One centred picture of each concept at each size, (sizes, concepts, 64, 64, 3)."""
-    images = [Image.open(e.picture).convert("RGBA") for e in kept]
-    return np.stack([np.stack([place(image, size) for image in images]) for size in SIZES])
+def references(images: Sequence[Image.Image], side: int = 64) -> Picture:
+    """One centred picture of each concept at each size, (sizes, concepts, side, side, 3)."""
+    images = [image.convert("RGBA") for image in images]
+    return np.stack([np.stack([place(image, size, size=side) for image in images]) for size in SIZES])
+
+
+def originals(kept: Sequence[Emoji]) -> list[Image.Image]:
+    """The packages' pictures of the concepts."""
+    return [Image.open(e.picture) for e in kept]
+
+
+def write_tiles(file: Path, kept: Sequence[Emoji]) -> None:
+    """Write one picture of 32x32 pixels of each concept, 25 a row: references for whoever has no packages at hand."""
+    tiles = [Image.fromarray(place(image.convert("RGBA"), 1.0, size=SIDE)) for image in originals(kept)]
+    canvas = Image.new("RGB", (ACROSS * SIDE, -(-len(tiles) // ACROSS) * SIDE), "white")
+    for i, tile in enumerate(tiles):
+        canvas.paste(tile, (i % ACROSS * SIDE, i // ACROSS * SIDE))
+    canvas.save(file, quality=90, method=6)
+
+
+def read_tiles(file: Path, count: int) -> list[Image.Image]:
+    """The pictures of such a file, in the order of names.tsv."""
+    with Image.open(file) as canvas:
+        corners = [(i % ACROSS * SIDE, i // ACROSS * SIDE) for i in range(count)]
+        return [canvas.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners]
 
 
 def places(order: npt.NDArray[np.intp], right: list[set[int]]) -> npt.NDArray[np.intp]:

@@ -38,7 +38,10 @@ def train(  # noqa: PLR0917  # as the denoiser's, and the style
     text_encoder = pipe.text_encoder.to(device)
     parameters = torch.nn.ParameterDict({n.replace(".", "/"): p for n, p in unet.named_parameters() if p.requires_grad})
     optimizer = torch.optim.AdamW(parameters.parameters(), RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    checkpoint = Checkpoint(work / f"lora_{style}.pt", {"lora": parameters}, optimizer)
+    file = work / f"lora_{style}.pt"
+    if file.exists() and file.stat().st_mtime < (work / "denoiser.pt").stat().st_mtime:
+        file.unlink()  # an adapter of an earlier base begins anew
+    checkpoint = Checkpoint(file, {"lora": parameters}, optimizer)
     checkpoint.load()
     noise, losses = build_scheduler(), []
     began, start = time.monotonic(), checkpoint.step

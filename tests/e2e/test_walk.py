@@ -24,10 +24,12 @@ SEED = 20261124
 def running(tmp_path_factory):
     """Valkey, the disk, an API, a worker, a sender."""
     folder = tmp_path_factory.mktemp("house")
-    with redis_server(tmp_path_factory.mktemp("redis")) as server:
-        with house(folder, server.url, SAFELIGHT_WEBHOOK_SECRET=SECRET) as built:
-            built.start_all()
-            yield built
+    with (
+        redis_server(tmp_path_factory.mktemp("redis")) as server,
+        house(folder, server.url, SAFELIGHT_WEBHOOK_SECRET=SECRET) as built,
+    ):
+        built.start_all()
+        yield built
 
 
 def check_walk(built):
@@ -73,7 +75,8 @@ def test_mixed_jobs_share_forwards_and_equal_themselves_alone(running):
     crowd = [running.picture(running.wait(job["id"])).astype(int) for job in jobs]
     after = running.worker_metrics()
     runs, forwards = (
-        after[f"safelight_batch_runs_{part}"] - before.get(f"safelight_batch_runs_{part}", 0) for part in ("sum", "count")
+        after[f"safelight_batch_runs_{part}"] - before.get(f"safelight_batch_runs_{part}", 0)
+        for part in ("sum", "count")
     )
     alone = [running.picture(running.wait(running.submit(**r)["id"])).astype(int) for r in requests]
     worst = max(np.abs(a - c).max() for a, c in zip(alone, crowd, strict=True))

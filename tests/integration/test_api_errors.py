@@ -38,8 +38,11 @@ def test_a_failure_is_a_problem(client, method, path, status, code):
     problem_of(client.request(method, path), status, code)
 
 
-def test_a_refused_method_names_the_allowed_one(client):
-    assert client.put("/livez").headers["allow"] == "GET"
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/livez", "GET"), ("/v1/jobs", "GET, POST"), ("/v1/jobs/x", "DELETE, GET")]
+)
+def test_a_refused_method_names_all_that_are_allowed(client, path, allowed):
+    assert client.put(path).headers["allow"] == allowed
 
 
 BODIES = {

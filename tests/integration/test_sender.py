@@ -69,12 +69,16 @@ class Outbox:
     async def _submit(self, webhook_urls, *, is_canceled):
         redis = connect_async(self.url)
         queue = JobQueue(redis, retention_ms=3_600_000)
-        ids = []
-        for webhook_url in webhook_urls:
-            job, _ = await queue.submit("default", Submission(PARAMS, webhook=Webhook(url=webhook_url)))
-            ids.append(job.id)
-            if is_canceled:
-                await queue.cancel("default", job.id)
+        places = asyncio.Semaphore(16)
+
+        async def submit(webhook_url):
+            async with places:
+                job, _ = await queue.submit("default", Submission(PARAMS, webhook=Webhook(url=webhook_url)))
+                if is_canceled:
+                    await queue.cancel("default", job.id)
+                return job.id
+
+        ids = await asyncio.gather(*map(submit, webhook_urls))
         await redis.aclose(close_connection_pool=True)
         return ids
 
@@ -234,9 +238,8 @@ def test_a_receiver_that_is_gone_is_not_asked_again(sender, outbox, hook, redis,
     assert len(hook.received) == 1
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_receiver_is_left_alone_for_as_long_as_it_asks(sender, outbox, hook, status):
-    hook.script = [(status, {"retry-after": "2"}, b"")]
+def test_a_busy_receiver_is_left_alone_for_as_long_as_it_asks(sender, outbox, hook):
+    hook.script = [(429, {"retry-after": "2"}, b"")]
     outbox.add(hook.url())
     first, second = hook.wait_for(2)
     assert 1.9 < second.at - first.at < 4
@@ -277,12 +280,12 @@ def test_a_status_counts_even_if_the_body_never_ends(storage, outbox, hook, wait
 
 
 def test_after_the_last_attempt_it_is_given_up(storage, outbox, hook, redis, wait_until):
-    hook.script = [(500, {}, b"")] * 4
-    with sending(outbox.url, storage, schedule=(0.1, 0.1, 0.1)) as counted:
+    hook.script = [(500, {}, b"")] * 2
+    with sending(outbox.url, storage, schedule=(0.1,)) as counted:
         outbox.add(hook.url())
         wait_until(lambda: counted("given_up") == 1)
-        assert counted("retried") == 3
-    assert len(hook.received) == 4
+        assert counted("retried") == 1
+    assert len(hook.received) == 2
     assert is_empty(redis)
 
 
@@ -315,26 +318,28 @@ def test_the_first_attempt_follows_the_event_at_once(sender, outbox, hook):
 def test_a_burst_to_one_receiver_arrives_complete_and_once_each(sender, outbox, hook, redis, wait_until):
     ids = outbox.add(hook.url(), count=300)
     received = hook.wait_for(300, 30)
+    lags = [lag(request) for request in received]
+    print(f"a burst of 300: p50 {percentile(lags, 0.5):.3f} s, max {max(lags):.3f} s")
     assert sorted(json.loads(r.body)["data"]["id"] for r in received) == sorted(ids)
     wait_until(lambda: is_empty(redis))
     assert len(hook.received) == 300
 
 
-def test_dead_hosts_among_many_delay_nobody_else(storage, outbox):
+def test_dead_hosts_among_many_delay_nobody_else(storage, outbox, wait_until):
     with ExitStack() as stack:
         dead = [stack.enter_context(receiver()) for _ in range(8)]
         for one in dead:
             one.hang = threading.Event()
         alive = [stack.enter_context(receiver()) for _ in range(10)]
         counted = stack.enter_context(sending(outbox.url, storage, total_seconds=4))
-        outbox.add(*(one.url() for one in dead), count=50)  # far more than all places of the sender
+        outbox.add(*(one.url() for one in dead), count=150)  # more than the sender keeps in hand
         outbox.add(*(one.url() for one in alive), count=15)
         lags = [lag(request) for one in alive for request in one.wait_for(15, 30)]
-        for one in dead:
-            one.hang.set()
         print(f"beside 8 dead hosts: p50 {percentile(lags, 0.5):.3f} s, p99 {percentile(lags, 0.99):.3f} s")
         assert percentile(lags, 0.99) < 2
-        assert counted("delivered") == 150
+        wait_until(lambda: counted("delivered") == 150)
+        for one in dead:
+            one.hang.set()
 
 
 def test_a_delivery_that_was_not_tried_keeps_its_attempts(storage, outbox, redis, hook):

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # its name everywhere
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from worker.engine.run import Run
@@ -21,6 +22,7 @@ from worker.engine.target import Target
 # (rows, tokens, 4) tensor (diffusers, transformer_flux2.py). They must be equal, and one of them serves all.
 SHARED = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 TIMESTEPS = frozenset({"timestep", "timesteps", "t"})
+TEXT_TOKENS = 64  # the shortest length that texts are filled up to; the others are its doubles
 
 _fingerprints: WeakIdKeyDictionary = WeakTensorKeyDictionary()
 
@@ -69,9 +71,29 @@ class Call:
 def park(run: Run, name: str, target: Target, kwargs: dict[str, Any]) -> Call:
     """The call `target(**kwargs)` of `run`, with timesteps expanded to one per row."""
     kwargs = {k: v for k, v in kwargs.items() if k not in target.ignored}
+    if target.padded:
+        kwargs = fill_up(kwargs, *target.padded)
     rows = find_rows(kwargs)
     kwargs = {k: expand(k, v, rows.count) for k, v in kwargs.items()}
-    return Call(run, name, target, kwargs, rows, (name, signature(kwargs, rows)))
+    # What a forward pads by the longest of its rows would change a reproducible run's bits with its company.
+    ragged = frozenset[str]() if run.reproducible else target.ragged
+    return Call(run, name, target, kwargs, rows, (name, signature(kwargs, rows, ragged=ragged)))
+
+
+def fill_up(kwargs: dict[str, Any], text: str, mask: str) -> dict[str, Any]:
+    """The text embeddings with zeros after them, masked out, up to the next length that many texts share.
+
+    The length follows from the call alone and not from its company, so a reproducible run's bits stay its own.
+    """
+    embeds, seen = kwargs.get(text), kwargs.get(mask)
+    if not isinstance(embeds, torch.Tensor):
+        return kwargs
+    rows, tokens = embeds.shape[:2]
+    missing = TEXT_TOKENS * 2 ** max((tokens - 1).bit_length() - (TEXT_TOKENS - 1).bit_length(), 0) - tokens
+    if seen is None:
+        seen = torch.ones(rows, tokens, dtype=torch.bool, device=embeds.device)
+    filled = {text: F.pad(embeds, (0, 0, 0, missing)), mask: F.pad(seen.bool(), (0, missing))}
+    return kwargs | filled
 
 
 def find_rows(kwargs: dict[str, Any]) -> Rows:
@@ -93,25 +115,25 @@ def expand(name: str, value: Any, rows: int) -> Any:
     return value if value.is_floating_point() else value.to(torch.float32)
 
 
-def signature(value: Any, rows: Rows, name: str = "") -> Hashable:
+def signature(value: Any, rows: Rows, name: str = "", ragged: frozenset[str] = frozenset()) -> Hashable:
     """Equal for values that `merge` may merge."""
     if isinstance(value, torch.Tensor):
         is_per_row = _is_per_row(value, rows, name)
         return ("rows", value.shape[1:], value.dtype, value.device) if is_per_row else ("same", fingerprint(value))
     if isinstance(value, dict):
-        return "dict", tuple((k, signature(v, rows, k)) for k, v in sorted(value.items()))
+        return "dict", tuple((k, signature(v, rows, k, ragged)) for k, v in sorted(value.items()))
     if isinstance(value, list | tuple):
         if _is_row_list(value, rows, name):
-            return "each", frozenset(_element(v, name) for v in value)
+            return "each", frozenset(_element(v, name, is_ragged=name in ragged) for v in value)
         return type(value), tuple(signature(v, rows, name) for v in value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return type(value), value
     return "object", id(value)  # a generator, a cache: nobody else's
 
 
-def _element(value: Any, name: str) -> Hashable:
+def _element(value: Any, name: str, *, is_ragged: bool) -> Hashable:
     if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device
+        return value.ndim if is_ragged else value.shape, value.dtype, value.device
     return signature(value, Rows(-1), name)
 
 

@@ -18,12 +18,19 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """`ignored` names keyword arguments the method accepts and never reads: dropped, they cannot keep calls apart."""
+    """Where the merge rule of `call` is wrong or wasteful for a class, its exceptions stand here.
+
+    `ignored` names keyword arguments the method accepts and never reads: dropped, they cannot keep calls apart.
+    `ragged` names lists of one tensor a row whose sizes may differ within a forward, because the method pads them.
+    `padded` names text embeddings and their mask: filled up, texts of other lengths share a forward.
+    """
 
     module: torch.nn.Module
     phase: Phase
     method: str = "forward"
     ignored: frozenset[str] = frozenset()
+    ragged: frozenset[str] = frozenset()
+    padded: tuple[str, str] | None = None
 
     @cached_property
     def original(self) -> Callable[..., Any]:

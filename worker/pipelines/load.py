@@ -20,8 +20,16 @@ REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
 LIBRARIES = frozenset({"diffusers", "transformers"})
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-# diffusers hands every decode the run's generator; these classes accept and never read it (0.42.1).
-DETERMINISTIC_DECODERS = frozenset({"AutoencoderKL", "AutoencoderTiny"})
+# Where the engine's merge rule is wrong or wasteful for a class (diffusers 0.42.1).
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    # diffusers hands every decode the run's generator; these accept and never read it.
+    "AutoencoderKL": {"ignored": frozenset({"generator"})},
+    "AutoencoderTiny": {"ignored": frozenset({"generator"})},
+    # Its pipeline cuts texts at their own length; texts of two lengths would never share a forward.
+    "QwenImageTransformer2DModel": {"padded": ("encoder_hidden_states", "encoder_hidden_states_mask")},
+    # It takes lists, and pads what is in them itself.
+    "ZImageTransformer2DModel": {"ragged": frozenset({"cap_feats"})},
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -62,13 +70,16 @@ def warm(spec: ModelSpec, pipe: Any, device: torch.device, dtype: torch.dtype) -
 
 def targets(pipe: Any) -> dict[str, Target]:
     """The modules whose calls runs share: denoisers, encoders, and the VAE from both sides."""
-    found = {name: Target(module, Phase.DENOISING) for name, module in _modules(pipe, DENOISERS)}
+    found = {name: Target(module, Phase.DENOISING, **_exceptions(module)) for name, module in _modules(pipe, DENOISERS)}
     found |= {name: Target(module, Phase.ENCODING) for name, module in _modules(pipe, ENCODERS)}
     for name, vae in _modules(pipe, ("vae",)):
-        ignored = frozenset({"generator"}) if type(vae).__name__ in DETERMINISTIC_DECODERS else frozenset[str]()
         found[f"{name}.encode"] = Target(vae, Phase.ENCODING, "encode")
-        found[f"{name}.decode"] = Target(vae, Phase.DECODING, "decode", ignored)
+        found[f"{name}.decode"] = Target(vae, Phase.DECODING, "decode", **_exceptions(vae))
     return found
+
+
+def _exceptions(module: torch.nn.Module) -> dict[str, Any]:
+    return EXCEPTIONS.get(type(module).__name__, {})
 
 
 def _modules(pipe: Any, names: tuple[str, ...]) -> Iterator[tuple[str, torch.nn.Module]]:

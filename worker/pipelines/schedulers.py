@@ -24,9 +24,15 @@ class Kind:
     @property
     def is_flow(self) -> bool:
         """Whether it is for models trained by flow matching, which others cannot read."""
-        return self.class_name.startswith("FlowMatch")
+        return is_flow({"_class_name": self.class_name, **self.overrides})
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is CogVideoX's own: its schedule reaches pure noise, which no other can start from."""
+        return self.class_name.startswith("CogVideoX")
 
 
+FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 KINDS: dict[str, Kind] = {
     "ddim": Kind("DDIMScheduler"),
     "ddpm": Kind("DDPMScheduler"),
@@ -43,21 +49,34 @@ KINDS: dict[str, Kind] = {
     "lcm": Kind("LCMScheduler"),
     "flow_euler": Kind("FlowMatchEulerDiscreteScheduler"),
     "flow_heun": Kind("FlowMatchHeunDiscreteScheduler", taken=lambda steps: 2 * steps - 1),
+    "flow_unipc": Kind("UniPCMultistepScheduler", FLOW_SIGMAS),
+    "flow_dpmpp_2m": Kind("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **FLOW_SIGMAS}),
+    "cogvideox_ddim": Kind("CogVideoXDDIMScheduler"),
+    "cogvideox_dpm": Kind("CogVideoXDPMScheduler"),
 }
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is for flow matching; UniPC and DPM++ can be set to it."""
+    named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return named or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
 
 
 def make(name: str, base_config: Mapping[str, Any]) -> Any:
     """A fresh noise scheduler, for one run only: diffusers keeps the step's index inside."""
-    kind = KINDS[name]
-    return getattr(diffusers, kind.class_name).from_config(dict(base_config), **kind.overrides)
+    kind, overrides = KINDS[name], dict(KINDS[name].overrides)
+    if kind.is_flow:  # one number, two names
+        shift = base_config.get("shift") or base_config.get("flow_shift") or 1.0
+        overrides["shift" if kind.class_name.startswith("FlowMatch") else "flow_shift"] = shift
+    return getattr(diffusers, kind.class_name).from_config(dict(base_config), **overrides)
 
 
 def check(names: tuple[str, ...], base_config: Mapping[str, Any], model: str) -> None:
     """Raise ConfigError for a scheduler that does not exist or that the model's training rules out."""
-    is_flow = str(base_config.get("_class_name", "")).startswith("FlowMatch")
+    trained = Kind(str(base_config.get("_class_name", "")), base_config)
     for name in names:
         if name not in KINDS:
             raise ConfigError(f"model {model!r}: there is no scheduler {name!r}; there are {', '.join(KINDS)}")
-        if KINDS[name].is_flow != is_flow:
-            of = "flow matching" if is_flow else "noise prediction"
+        if (KINDS[name].is_flow, KINDS[name].is_video) != (trained.is_flow, trained.is_video):
+            of = "flow matching" if trained.is_flow else "noise prediction"
             raise ConfigError(f"model {model!r} was trained by {of}: scheduler {name!r} cannot step it")

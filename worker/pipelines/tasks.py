@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -52,20 +51,25 @@ def arguments(pipe: Any, params: GenerationParams, seed: int, run: Run) -> dict[
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": "np",
         "return_dict": False,
-        "callback_on_step_end": _progress(run),
-    }
+    } | progress(pipe, run)
     accepted = inspect.signature(pipe.__call__).parameters
     return {name: value for name, value in wanted.items() if name in accepted}
 
 
-def _progress(run: Run) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-    """What the pipeline calls after every step."""
+def progress(pipe: Any, run: Run) -> dict[str, Any]:
+    """The argument by which the pipeline says after every step that it has done one."""
+    accepted = inspect.signature(pipe.__call__).parameters
 
     def count(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         run.step, run.steps = index + 1, getattr(pipe, "num_timesteps", run.steps)
         return tensors
 
-    return count
+    def count_plainly(index: int, _timestep: Any, _latents: Any) -> None:  # PixArt knows no other
+        run.step = index + 1
+
+    if "callback_on_step_end" in accepted:
+        return {"callback_on_step_end": count}
+    return {"callback": count_plainly} if "callback" in accepted else {}
 
 
 def to_picture(values: npt.NDArray[np.floating[Any]]) -> Picture:
