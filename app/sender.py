@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 import structlog
-from prometheus_client import start_http_server
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
@@ -33,7 +32,8 @@ from app.core import processes, webhooks
 from app.core import redis_keys as keys
 from app.core.addresses import AddressGuard, guarded_client, read_limited
 from app.core.connections import connect, connect_async
-from app.core.errors import AddressRefused, ConfigError, SafelightError
+from app.core.errors import AddressRefused, SafelightError
+from app.core.exposition import serve_metrics
 from app.core.job import Output, view
 from app.core.metrics import SenderMetrics, sender_metrics
 from app.core.settings import Settings, redis_url, url_secret, webhook_secret
@@ -366,7 +366,7 @@ def run(settings: Settings) -> None:
 async def _run(settings: Settings, url: str, secret: str, render: Render) -> None:
     metrics = sender_metrics()
     with connect(url) as beats:
-        process = _serve_metrics(settings, metrics)
+        process = _process(serve_metrics(settings, metrics.registry))
         redis = connect_async(url)
         async with guarded_client(AddressGuard(settings.webhook_allow), total_seconds=TOTAL_SECONDS) as client:
             sender = Sender(redis, client, render, secret=secret, metrics=metrics)
@@ -382,19 +382,12 @@ async def _run(settings: Settings, url: str, secret: str, render: Render) -> Non
     log.info("sender.stopped")
 
 
-def _serve_metrics(settings: Settings, metrics: SenderMetrics) -> processes.Process:
-    """Serve the metrics on a port of their own; what this process says of itself."""
-    address, name = ("127.0.0.1", "127.0.0.1") if settings.is_loopback else ("0.0.0.0", socket.gethostname())  # noqa: S104  # Prometheus comes from elsewhere
-    try:
-        server, _ = start_http_server(settings.metrics_port, address, metrics.registry)
-    except OSError as error:
-        raise ConfigError(
-            f"SAFELIGHT_METRICS_PORT: cannot listen on {settings.metrics_port} ({error.strerror}); choose another, or 0"
-        ) from error
+def _process(metrics: str) -> processes.Process:
+    """What this process says of itself; `metrics` is the host:port of its metrics."""
     return processes.Process(
         name=f"sender-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
         kind="sender",
-        metrics=f"{name}:{server.server_port}",
+        metrics=metrics,
         version=version("safelight"),
         started_at=time.time(),
     )

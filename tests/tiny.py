@@ -33,12 +33,13 @@ class Family:
     request: Callable[[int], dict[str, Any]]
     schedulers: tuple[str, ...] = NOISE_SCHEDULERS
 
-    def make(self, i: int, run: Run | None = None) -> torch.Tensor:
+    def make(self, i: int, run: Run | None = None, *, scheduler: str | None = None, **options: Any) -> torch.Tensor:
         """Request i, by the unmodified pipeline; latents."""
         pipe = copy.copy(self.pipe)
-        pipe.scheduler = schedulers.make(self.schedulers[i % len(self.schedulers)], self.pipe.scheduler.config)
+        name = scheduler or self.schedulers[i % len(self.schedulers)]
+        pipe.scheduler = schedulers.make(name, self.pipe.scheduler.config)
         made = pipe(
-            **self.request(i),
+            **(self.request(i) | options),
             generator=torch.Generator("cpu").manual_seed(i),
             output_type="latent",
             return_dict=False,

@@ -60,6 +60,8 @@ class Consumer(BaseWorker):
         self.models = models
         self.metrics = metrics
         self.room = room
+        for model in models:
+            metrics.runs_in_flight.labels(model).set(0)
         self.bell = threading.Event()
         self.held: dict[str, HeldJob] = {}
         self._grace_seconds = grace_seconds

@@ -11,7 +11,6 @@ from importlib.metadata import version
 
 import structlog
 import torch
-from prometheus_client import start_http_server
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
@@ -21,6 +20,7 @@ from app.core import logs, processes
 from app.core.catalog import Catalog, ModelSpec, load_catalog
 from app.core.connections import connect
 from app.core.errors import ConfigError
+from app.core.exposition import serve_metrics
 from app.core.metrics import WorkerMetrics
 from app.core.redis_keys import queue_name
 from app.core.settings import Settings, load_settings, redis_url, url_secret
@@ -146,7 +146,7 @@ def run(settings: Settings) -> None:
     process = processes.Process(
         name=name,
         kind="worker",
-        metrics=_serve_metrics(settings, metrics),
+        metrics=serve_metrics(settings, metrics.registry),
         version=version("safelight"),
         models=tuple(models),
         device=", ".join(sorted({str(m.device) for m in models.values()})),
@@ -192,19 +192,6 @@ def _await_redis(redis: Redis) -> None:
             time.sleep(0.5)
         else:
             return
-
-
-def _serve_metrics(settings: Settings, metrics: WorkerMetrics) -> str:
-    """Serve the metrics on a port of their own; the host:port by which Prometheus reaches it."""
-    address = "127.0.0.1" if settings.is_loopback else "0.0.0.0"  # noqa: S104  # containers are scraped from outside
-    try:
-        server, _ = start_http_server(settings.metrics_port, addr=address, registry=metrics.registry)
-    except OSError as error:
-        raise ConfigError(
-            f"SAFELIGHT_METRICS_PORT: cannot listen on {settings.metrics_port}: {error.strerror}"
-        ) from error
-    host = address if settings.is_loopback else socket.gethostname()
-    return f"{host}:{server.server_port}"
 
 
 def _farewell(url: str, name: str) -> None:

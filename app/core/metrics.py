@@ -162,6 +162,9 @@ class WorkerMetrics:
             object.__setattr__(self, name, metric)
 
 
+OUTCOMES = ("delivered", "retried", "gone", "refused", "given_up", "unreadable")
+
+
 @dataclass(frozen=True, slots=True)
 class SenderMetrics:
     """What the sender counts; outcomes: delivered, retried, gone, refused, given_up, unreadable."""
@@ -173,9 +176,12 @@ class SenderMetrics:
 
 def sender_metrics() -> SenderMetrics:
     registry = CollectorRegistry()
+    attempts = Counter("safelight_webhook_attempts_total", "Webhook attempts.", ["outcome"], registry=registry)
+    for outcome in OUTCOMES:
+        attempts.labels(outcome)  # from 0: an alert on increase() sees the first of them too
     return SenderMetrics(
         registry,
-        Counter("safelight_webhook_attempts_total", "Webhook attempts.", ["outcome"], registry=registry),
+        attempts,
         Histogram(
             "safelight_webhook_lag_seconds",
             "Seconds from an event to its first attempt.",

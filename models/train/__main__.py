@@ -13,9 +13,11 @@ from models.train.sources import Emoji, emojis
 from models.train.timing import timing
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"autoencoder": 3800, "denoiser": 9000, "lora": 500}
+# How many steps the published weights had: where the learning rate would be zero, and where training ended.
+STEPS = {"autoencoder": 3800, "decoder": 1000, "denoiser": 6500, "lora": 500}
+UNTIL = STEPS | {"autoencoder": 2700}
 SMOKE = 50  # steps of each part in a trial of the whole way
-ALL = ("fetch", "autoencoder", "denoiser", "lora", "export", "evaluate")
+ALL = ("fetch", "autoencoder", "decoder", "denoiser", "lora", "export", "evaluate")
 
 
 def main() -> None:
@@ -60,10 +62,12 @@ def run(part: str, options: argparse.Namespace) -> str:
 
 def _train(part: str, kept: list[Emoji], pool: pictures.Pool, options: argparse.Namespace) -> str:
     steps = options.steps or STEPS[part]
-    until = min(steps, options.until or (SMOKE if options.smoke else steps))
+    until = options.until or (SMOKE if options.smoke else min(steps, UNTIL[part]))
     work, device = options.work, _device(options.device)
     if part == "autoencoder":
         losses = {part: autoencoder.train(work, pool, steps, until, device)}
+    elif part == "decoder":
+        losses = {part: autoencoder.refine(work, pool, steps, until, device)}
     elif part == "denoiser":
         denoiser.forget_stale_latents(work)
         losses = {part: denoiser.train(work, kept, pool, steps, until, device)}

@@ -36,8 +36,24 @@ def train(work: Path, pool: Pool, steps: int, until: int, device: str) -> float:
     """Train to step `until` of `steps` (the learning rate falls to zero at `steps`); the last mean loss."""
     torch.manual_seed(0)
     vae = build().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), RATE, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-    checkpoint = Checkpoint(work / "autoencoder.pt", {"vae": vae}, optimizer)
+    return _fit(vae, Checkpoint(work / "autoencoder.pt", {"vae": vae}, _optimizer(vae)), pool, steps, until)
+
+
+def refine(work: Path, pool: Pool, steps: int, until: int, device: str) -> float:
+    """Train the decoder on, alone, so that latents stay what they are; the last mean loss."""
+    vae = _load_whole(work).to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(requires_grad=False)
+    vae.quant_conv.requires_grad_(requires_grad=False)
+    parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    return _fit(vae, Checkpoint(work / "decoder.pt", parts, _optimizer(vae)), pool, steps, until)
+
+
+def _optimizer(vae: AutoencoderKL) -> torch.optim.Optimizer:
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, RATE, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+
+
+def _fit(vae: AutoencoderKL, checkpoint: Checkpoint, pool: Pool, steps: int, until: int) -> float:
     checkpoint.load()
     groups = _groups(pool)
     losses: list[float] = []
@@ -45,31 +61,40 @@ def train(work: Path, pool: Pool, steps: int, until: int, device: str) -> float:
     while checkpoint.step < until:
         rng = np.random.default_rng(checkpoint.step)
         torch.manual_seed(checkpoint.step)
-        for group in optimizer.param_groups:
+        for group in checkpoint.optimizer.param_groups:
             group["lr"] = RATE * min(1, (checkpoint.step + 1) / 200) * max(0.01, 1 - checkpoint.step / steps)
-        images = batch(pool.images[_draw(groups, rng)], device)
-        loss, mse = _loss(vae, images)
-        optimizer.zero_grad()
+        loss, mse = _loss(vae, batch(pool.images[_draw(groups, rng)], str(vae.device)))
+        checkpoint.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        checkpoint.optimizer.step()
         checkpoint.step += 1
         checkpoint.average(0.998)
         losses.append(mse)
         if checkpoint.step % 50 == 0:
             speed = (time.monotonic() - began) / (checkpoint.step - start)
             mean = float(np.mean(losses[-50:]))
-            print(f"autoencoder {checkpoint.step} mse {mean:.5f} psnr {psnr(mean):.2f} {speed:.2f} s/step", flush=True)
+            what = checkpoint.file.stem
+            print(f"{what} {checkpoint.step} mse {mean:.5f} psnr {psnr(mean):.2f} {speed:.2f} s/step", flush=True)
         if checkpoint.step % 250 == 0 or checkpoint.step == until:
             checkpoint.save()
     return float(np.mean(losses[-50:])) if losses else float("nan")
 
 
 def load(work: Path) -> AutoencoderKL:
-    """The trained autoencoder of `work`, its running averages, in fp32 on the CPU."""
+    """The trained autoencoder of `work`, its running averages, in fp32 on the CPU; the refined decoder if there is one."""
+    vae = _load_whole(work)
+    if (work / "decoder.pt").exists():
+        averages = torch.load(work / "decoder.pt", weights_only=True)["averages"]
+        for part, weights in averages.items():
+            getattr(vae, part).load_state_dict(weights)
+    return vae.eval()
+
+
+def _load_whole(work: Path) -> AutoencoderKL:
     vae = build()
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["averages"]["vae"])
-    return vae.eval()
+    return vae
 
 
 def psnr(mse: float) -> float:

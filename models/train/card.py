@@ -64,7 +64,7 @@ pictures and no scraped data were used. The weights are under the MIT licence, a
 - Pictures: of each concept 24 in changing size, place and side, and 10 recoloured in 5 of the {len(COLOURS)} colours.
 - Captions, drawn anew each time: the name, short sentences, keywords, mixtures; a colour before or after; 10 % empty.
 - Autoencoder: 64x64 pixels to 8x8 latents of 16 channels, 3.9 M parameters, mean squared error and edges, KL weight
-  1e-4, running averages, latents normalised to deviation 1.
+  1e-4, running averages, latents normalised to deviation 1; then its decoder alone.
 - Text encoder: CLIP's architecture, two layers of width 256, a vocabulary of 1,800 learnt from the captions.
 - Denoiser: 14.0 M parameters, two levels of 128 and 224 channels with cross-attention, v-prediction over 1,000
   timesteps (scaled linear betas to 0.02), AdamW at 8e-4 falling to zero, batches of 64, running averages.

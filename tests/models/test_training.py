@@ -90,6 +90,15 @@ def test_the_autoencoder_goes_on_as_if_it_had_never_stopped(tmp_path, pool):
     assert at_once == after_a_stop
 
 
+def test_refining_the_decoder_leaves_the_latents_as_they_are(tmp_path, pool, work):
+    (tmp_path / "autoencoder.pt").write_bytes((work / "autoencoder.pt").read_bytes())
+    before = autoencoder.load(tmp_path)
+    autoencoder.refine(tmp_path, pool, 10, 1, "cpu")
+    after = autoencoder.load(tmp_path)
+    assert torch.equal(autoencoder.encode(after, pool.images[:2]), autoencoder.encode(before, pool.images[:2]))
+    assert not np.array_equal(autoencoder.reconstruct(after, pool.images), autoencoder.reconstruct(before, pool.images))
+
+
 def test_the_denoiser_goes_on_as_if_it_had_never_stopped(tmp_path, kept, pool, work):
     (tmp_path / "autoencoder.pt").write_bytes((work / "autoencoder.pt").read_bytes())
 

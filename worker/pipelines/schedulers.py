@@ -64,11 +64,11 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 def make(name: str, base_config: Mapping[str, Any]) -> Any:
     """A fresh noise scheduler, for one run only: diffusers keeps the step's index inside."""
-    kind, overrides = KINDS[name], dict(KINDS[name].overrides)
+    kind, config = KINDS[name], dict(base_config)
     if kind.is_flow:  # one number, two names
-        shift = base_config.get("shift") or base_config.get("flow_shift") or 1.0
-        overrides["shift" if kind.class_name.startswith("FlowMatch") else "flow_shift"] = shift
-    return getattr(diffusers, kind.class_name).from_config(dict(base_config), **overrides)
+        shift = config.pop("shift", None) or config.pop("flow_shift", None) or 1.0
+        config["shift" if kind.class_name.startswith("FlowMatch") else "flow_shift"] = shift
+    return getattr(diffusers, kind.class_name).from_config(config, **kind.overrides)
 
 
 def check(names: tuple[str, ...], base_config: Mapping[str, Any], model: str) -> None:

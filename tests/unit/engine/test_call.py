@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.engine.toys import Toy
-from worker.engine.call import Rows, fingerprint, merge, park, split
+from worker.engine.call import TEXT_TOKENS, Rows, fingerprint, merge, park, split
 from worker.engine.run import Run
 from worker.engine.target import Phase, Target
 
@@ -101,6 +101,44 @@ def test_a_list_of_one_tensor_a_row_is_joined_and_one_of_a_tensor_a_layer_is_not
 
     assert len(merge(listed)["sample"]) == 4
     assert [tuple(r.shape) for r in merge(layered)["residuals"]] == [(4, 3), (4, 7)]
+
+
+def words(tokens, rows=1, value=1.0):
+    return torch.full((rows, tokens, 3), value)
+
+
+def test_texts_of_other_lengths_share_a_forward_where_they_may_be_filled_up():
+    target = Target(Toy(), Phase.DENOISING, padded=("words", "mask"))
+    seen = torch.tensor([[True] * 3 + [False] * 2])
+    calls = [
+        park(Run("r", print, 1), "toy", target, {"sample": sample(1), "words": words(n), "mask": mask})
+        for n, mask in ((7, None), (5, seen), (TEXT_TOKENS, None))
+    ]
+
+    assert len({parked.key for parked in calls}) == 1
+    merged = merge(calls)
+    assert merged["words"].shape == (3, TEXT_TOKENS, 3)
+    assert merged["mask"].sum(1).tolist() == [7, 3, TEXT_TOKENS]
+    assert merged["words"].sum(2)[0].tolist() == [3.0] * 7 + [0.0] * (TEXT_TOKENS - 7)
+
+
+def test_a_longer_text_is_filled_up_to_the_next_length():
+    target = Target(Toy(), Phase.DENOISING, padded=("words", "mask"))
+    parked = park(Run("r", print, 1), "toy", target, {"sample": sample(1), "words": words(TEXT_TOKENS + 1)})
+
+    assert parked.kwargs["words"].shape[1] == 2 * TEXT_TOKENS
+
+
+def test_lists_that_a_model_pads_itself_share_a_forward_unless_the_bits_must_stay():
+    target = Target(Toy(), Phase.DENOISING, ragged=frozenset({"texts"}))
+
+    def listed(tokens, *, reproducible=False):
+        run = Run("r", print, 1, reproducible=reproducible)
+        return park(run, "toy", target, {"sample": [torch.zeros(4)], "texts": [torch.zeros(tokens, 3)]})
+
+    assert listed(5).key == listed(9).key
+    assert [len(t) for t in merge([listed(5), listed(9)])["texts"]] == [5, 9]
+    assert listed(5, reproducible=True).key != listed(9, reproducible=True).key
 
 
 def test_merged_containers_are_new_ones_because_models_pop_from_them():

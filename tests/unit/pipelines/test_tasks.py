@@ -1,12 +1,20 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from app.core.errors import GenerationFailed, InvalidOutput
+from tests.tiny import build_family, together
 from tests.unit.pipelines.conftest import SCHEDULERS, params_of, spec_of
-from worker.engine.run import Aborted
+from worker.engine.run import Aborted, Run
 from worker.pipelines import schedulers
 from worker.pipelines.tasks import runs_for, to_picture, warm_up
+
+
+@pytest.fixture(scope="module")
+def flow_family():
+    return build_family("SD3")
 
 
 def alone(model, params):
@@ -91,7 +99,7 @@ def test_a_picture_is_bytes_of_the_asked_size(model, engine_and_log):
     assert run.result.dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", [name for name, kind in schedulers.KINDS.items() if not kind.is_flow])
+@pytest.mark.parametrize("name", [name for name, kind in schedulers.KINDS.items() if not kind.is_flow and not kind.is_video])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_progress_counts_the_timesteps_a_scheduler_really_takes(model, engine_and_log, name, steps):
     engine, log = engine_and_log
@@ -102,6 +110,25 @@ def test_progress_counts_the_timesteps_a_scheduler_really_takes(model, engine_an
 
     assert run.error is None
     assert run.step == run.steps == promised == len(log.of("unet"))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in schedulers.KINDS.items() if kind.is_flow])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_progress_counts_the_timesteps_a_flow_scheduler_really_takes(flow_family, name, steps):
+    run = Run("job", partial(flow_family.make, 0, scheduler=name, num_inference_steps=steps), steps)
+    log = together(flow_family, [run], [0])
+
+    assert run.error is None
+    assert run.step == run.steps == schedulers.KINDS[name].taken(steps) == len(log.of("transformer"))
+    assert run.result.isfinite().all()
+
+
+def test_a_pipeline_that_knows_only_the_old_callback_tells_its_progress_too():
+    family = build_family("PixArt")
+    run = family.run(3)
+    together(family, [run], [0])
+
+    assert run.step == run.steps == family.request(3)["num_inference_steps"]
 
 
 def test_the_phases_of_a_run_are_encoding_denoising_decoding(model, engine_and_log):
