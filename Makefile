@@ -5,13 +5,18 @@ HOST ?= 127.0.0.1
 DATA ?= ./var
 BIN := .venv/bin
 
-.PHONY: run test check format servers clean
+.PHONY: run test chaos check format servers clean
 
 run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
 test: check servers
 	$(BIN)/pytest -q
+
+# The full run of faults, five minutes and more: make chaos CHAOS="--seed 7 --jobs 1000", --help for all of them.
+CHAOS ?=
+chaos: .venv/dev.stamp servers
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
@@ -24,7 +29,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 
 # Servers that tests run against and PyPI does not have; on Debian and Ubuntu, as root, they are installed here.
-APT := redis-server:redis-server promtool:prometheus
+APT := redis-server:redis-server promtool:prometheus faketime:faketime
 servers:
 	@missing=""; for pair in $(APT); do \
 	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; done; \

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.core import api_keys, logs
+from app.core.api_keys import ApiKey, Scope
 from app.core.connections import connect
 from app.core.errors import ConfigError, QueueUnavailable, SafelightError
 from app.core.settings import Settings, load_settings
@@ -67,22 +69,33 @@ def keys() -> None:
 
 @keys.command()
 @click.option("--name", required=True, help="What the list shows it by.")
-def create(name: str) -> None:
+@click.option("--tenant", default=api_keys.DEFAULT_TENANT, show_default=True, help="Whose jobs it opens.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice([scope.value for scope in Scope]),
+    help="What it may do; may be given again. By default submit and read.",
+)
+@click.option("--expires-days", type=click.IntRange(1, 3650), help="By default it does not expire.")
+def create(name: str, tenant: str, scopes: tuple[str, ...], expires_days: int | None) -> None:
     """Make a key and print it, this once."""
+    expires_at = time.time() + expires_days * 86400 if expires_days else None
     with _redis(load_settings()) as redis:
-        key, secret = api_keys.create(redis, name)
+        key, secret = api_keys.create(redis, name, tenant, map(Scope, scopes), expires_at)
     click.echo(secret)
-    click.echo(f"key {key.id} ({name}); it is not shown again", err=True)
+    click.echo(f"key {key.id} ({name}) of tenant {tenant}; it is not shown again", err=True)
 
 
 @keys.command("list")
 def list_() -> None:
     """List all keys, oldest first."""
     with _redis(load_settings()) as redis:
-        found = api_keys.list_keys(redis)
+        found, uses = api_keys.list_keys(redis), api_keys.last_uses(redis)
     for key in found:
-        state = f"revoked {_date(key.revoked_at)}" if key.revoked_at else "good"
-        click.echo(f"{key.id}  {_date(key.created_at)}  {state}  {key.name}")
+        used = f"used {_date(uses[key.id])}" if key.id in uses else "never used"
+        scopes = ",".join(key.scopes)
+        click.echo(f"{key.id}  {_date(key.created_at)}  {_state(key)}  {used}  {key.tenant}  {scopes}  {key.name}")
 
 
 @keys.command()
@@ -107,6 +120,14 @@ def _redis(settings: Settings) -> Iterator[Redis]:
             yield redis
     except RedisError as error:
         raise QueueUnavailable("Redis does not answer; check that the service runs") from error
+
+
+def _state(key: ApiKey) -> str:
+    if key.revoked_at:
+        return f"revoked {_date(key.revoked_at)}"
+    if key.expires_at:
+        return f"{'good until' if key.is_good else 'expired'} {_date(key.expires_at)}"
+    return "good"
 
 
 def _date(seconds: float) -> str:

@@ -1,9 +1,10 @@
 """The API's bootstrap: settings -> clients -> routes -> server. Nothing else builds clients for the API."""
 
+import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -14,25 +15,32 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from redis.exceptions import RedisError
 
-from app.api import events, files, jobs, models, ops, workers
+from app.api import events, files, jobs, keys, models, ops, usage, webhooks, workers
 from app.api.auth import authenticate, check_exposure
-from app.api.deps import Services
+from app.api.deps import PLACES, Services
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_to, install, responses
+from app.core import failpoints
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
 from app.core.catalog import Catalog, load_catalog
-from app.core.connections import connect, connect_async
+from app.core.connections import check_server, connect, connect_async
+from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
 from app.core.events import Hub
+from app.core.job import JobStatus
 from app.core.metrics import ApiMetrics, api_metrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings, redis_url, url_secret
 from app.core.storage import DiskStorage, Storage, open_storage
+from app.core.tenants import open_secrets
 
 log = structlog.get_logger()
 
+DEADLINE_SECONDS: Final = 0.5  # between two looks at what is past its deadline
 GRACE_SECONDS: Final = 10  # for replies in the making when the server stops; streams and waits end at once
+LOOK_SECONDS: Final = 0.25
+STALLED_LOOKS: Final = 6  # without a byte taken, once the server stops
 ASKED_HEADERS: Final = ["Authorization", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-Request-ID"]
 SHOWN_HEADERS: Final = ["Location", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-ID"]
 
@@ -76,15 +84,31 @@ def _lifespan(
             hub=hub,
             keys=KeyRing(redis),
             guard=AddressGuard(settings.webhook_allow),
+            endpoints=Endpoints(redis),
+            secrets=open_secrets(settings, redis),
+            places=asyncio.Semaphore(PLACES),
         )
         await hub.start()
+        deadlines = asyncio.create_task(_keep_deadlines(app.state.services))
         try:
             yield
         finally:
+            deadlines.cancel()
+            with suppress(asyncio.CancelledError):
+                await deadlines
             await hub.stop()
             await redis.aclose()
 
     return lifespan
+
+
+async def _keep_deadlines(services: Services) -> None:
+    """End the jobs whose deadline has passed; each API process does, so that it happens while any of them lives."""
+    while True:
+        with suppress(QueueUnavailable):
+            for model in await services.queue.expire():
+                services.metrics.jobs_total.labels(model, JobStatus.EXPIRED).inc()
+        await asyncio.sleep(DEADLINE_SECONDS)
 
 
 def _operation_id(route: APIRoute) -> str:
@@ -98,7 +122,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> No
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=ASKED_HEADERS,
             expose_headers=SHOWN_HEADERS,
         )
@@ -106,7 +130,8 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> No
 
 
 def _add_routes(app: FastAPI, storage: Storage) -> None:
-    for router in (jobs.router, events.router, models.router, workers.router, ops.router):
+    guarded = (jobs, events, webhooks, keys, usage, models, workers, ops)
+    for router in (module.router for module in guarded):
         # Not left to the routes: one that forgot to ask who calls would be open.
         app.include_router(router, dependencies=[Depends(authenticate)], responses=responses(401, 403, 503))
     app.include_router(ops.public)
@@ -148,11 +173,26 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.services.drain()
+        cutting = asyncio.create_task(self._cut_stalled())
         await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut_stalled(self) -> None:
+        """Abort the connections of callers who take nothing of what was written: their replies never end."""
+        sizes: dict[Any, tuple[int, int]] = {}  # bytes that wait to be taken, and in how many looks they were as many
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for connection in list(self.server_state.connections):
+                waiting = connection.transport.get_write_buffer_size()
+                before, looks = sizes.get(connection, (0, 0))
+                sizes[connection] = waiting, looks + 1 if waiting == before else 0
+                if waiting and sizes[connection][1] >= STALLED_LOOKS:
+                    connection.transport.abort()
 
 
 def serve(settings: Settings) -> None:
     """Serve the API until SIGINT or SIGTERM; port 0 takes a free one. Raises ConfigError, QueueUnavailable."""
+    failpoints.arm(settings.failpoints)
     _check_exposure(settings)
     with listen(settings.host, settings.port) as listener:
         bound = settings.model_copy(update={"port": listener.getsockname()[1]})
@@ -167,6 +207,7 @@ def serve(settings: Settings) -> None:
 def _check_exposure(settings: Settings) -> None:
     with closing(connect(redis_url(settings))) as redis:
         try:
+            check_server(redis)
             check_exposure(settings, redis)
         except RedisError as error:
             raise QueueUnavailable("Redis cannot be reached, so nobody knows whether there are API keys") from error

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 from importlib.metadata import version
 from typing import Final
 from urllib.parse import urlsplit
@@ -28,7 +27,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 
-from app.core import processes, webhooks
+from app.core import failpoints, processes, webhooks
 from app.core import redis_keys as keys
 from app.core.addresses import AddressGuard, guarded_client, read_limited
 from app.core.connections import connect, connect_async
@@ -38,7 +37,8 @@ from app.core.job import Output, view
 from app.core.metrics import SenderMetrics, sender_metrics
 from app.core.settings import Settings, redis_url, url_secret, webhook_secret
 from app.core.storage import Storage, open_storage
-from app.core.webhooks import Delivery
+from app.core.tenants import Secrets, open_secrets
+from app.core.webhooks import Attempt, Delivery, Outcome
 
 log = structlog.get_logger()
 
@@ -54,21 +54,11 @@ TOTAL_SECONDS: Final = 15.0  # an attempt, from looking up the name to the end o
 DRAIN_SECONDS: Final = TOTAL_SECONDS + 3
 SETTLE_SECONDS: Final = 30  # how long the outcome of an attempt is kept for a Redis that is away
 BEAT_SECONDS: Final = 3.0
+PATIENCE_SECONDS: Final = 5 * 86400  # an endpoint that has done nothing but fail for so long is disabled
 MAX_REPLY: Final = 64 * 1024  # bytes of a reply that are read
 MAX_RETRY_AFTER: Final = 3600  # seconds
 URL_SECONDS: Final = 3600  # the life of the URLs in a webhook
 BACKOFF: Final = (0.1, 5.0)  # seconds to the first and the longest wait for a Redis that is away
-
-
-class Outcome(StrEnum):
-    """How an attempt ended; all but RETRIED are final."""
-
-    DELIVERED = "delivered"
-    RETRIED = "retried"
-    GONE = "gone"
-    REFUSED = "refused"
-    GIVEN_UP = "given_up"
-    UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +107,22 @@ class Sender:
         client: httpx2.AsyncClient,
         render: Render,
         *,
-        secret: str,
+        secrets: Secrets,
         metrics: SenderMetrics,
+        keep_ms: int,
         schedule: Sequence[float] = webhooks.SCHEDULE,
+        patience: float = PATIENCE_SECONDS,
+        probe_ms: int = webhooks.PROBE_MS,
     ) -> None:
         self._redis = redis
         self._client = client
         self._render = render
-        self._secret = secret
+        self._secrets = secrets
         self._metrics = metrics
+        self._keep_ms = keep_ms  # of the record of a delivery that has ended
         self._schedule = schedule
+        self._patience_ms = int(patience * 1000)
+        self._probe_ms = probe_ms
         self._bell = asyncio.Event()
         self._stopping = asyncio.Event()
         self._hosts: dict[str, Host] = {}
@@ -170,13 +166,17 @@ class Sender:
         room = CONCURRENCY - len(self._attempts)
         if room <= 0:
             return False
-        taken = await webhooks.take(self._redis, room)
+        taken = await webhooks.take(self._redis, room, probe_ms=self._probe_ms)
         for delivery_id in taken.unreadable:
             log.error("webhook.unreadable", delivery=delivery_id)
             self._count(Outcome.UNREADABLE)
-            self._go(webhooks.settle(self._redis, delivery_id))
+            unmade = Attempt(time.time(), Outcome.UNREADABLE, None, 0.0)
+            self._go(webhooks.settle(self._redis, delivery_id, unmade, keep_ms=self._keep_ms))
         for delivery in taken.deliveries:
-            self._admit(delivery)
+            if delivery.obstacle:
+                self._set_aside(delivery)
+            else:
+                self._admit(delivery)
         return len(taken) == room
 
     async def _wait(self, seconds: float) -> None:
@@ -202,6 +202,17 @@ class Sender:
             host.waiting.append((delivery, time.monotonic()))
         else:
             self._put_back(delivery, host.delay(time.monotonic()))
+
+    def _set_aside(self, delivery: Delivery) -> None:
+        """Give up what its endpoint is not to have; what it cannot have now keeps to its schedule, without a call."""
+        outcome, delay = Outcome.DISABLED, 0.0
+        if delivery.obstacle == "failing":
+            outcome, delay = self._again(delivery)
+            outcome = outcome if outcome.is_final else Outcome.SKIPPED
+        unmade = Attempt(time.time(), outcome, None, 0.0)
+        task = asyncio.create_task(self._record(delivery, unmade, delay))
+        self._attempts.add(task)  # so that there are as few at a time as of those that are made
+        task.add_done_callback(self._attempts.discard)
 
     def _begin(self, host: Host, delivery: Delivery) -> None:
         host.running += 1
@@ -249,11 +260,14 @@ class Sender:
             await asyncio.gather(*left, return_exceptions=True)
 
     async def _deliver(self, host: Host, delivery: Delivery) -> None:
-        began = time.monotonic()
-        bound = log.bind(delivery=delivery.id, job_id=delivery.job.id, attempt=delivery.attempts)
+        began, job_id, status = time.monotonic(), delivery.job.id if delivery.job else "", None
+        bound = log.bind(delivery=delivery.id, job_id=job_id, attempt=delivery.attempts)
         try:
+            failpoints.reach("before_webhook", job_id)
             outcome, delay, about = self._judge(delivery, reply := await self._attempt(delivery))
-            host.is_silent = reply.status is None
+            failpoints.reach("after_webhook", job_id)
+            status, host.is_silent = reply.status, reply.status is None
+            await self._learn(delivery, outcome)
         except (AddressRefused, httpx2.InvalidURL) as error:
             outcome, delay, about = Outcome.REFUSED, 0.0, str(error)
         except Exception as error:  # noqa: BLE001  # one delivery, whatever is wrong with it, stops no other
@@ -262,8 +276,7 @@ class Sender:
         host.seconds = time.monotonic() - began
         level = bound.info if outcome in (Outcome.DELIVERED, Outcome.RETRIED) else bound.warning
         level("webhook.attempt", outcome=outcome.value, about=about, seconds=round(host.seconds, 3))
-        await self._record(delivery, outcome, delay)
-        self._count(outcome)
+        await self._record(delivery, Attempt(time.time(), outcome, status, host.seconds), delay)
 
     async def _attempt(self, delivery: Delivery) -> Reply:
         """POST it once. Raises AddressRefused."""
@@ -271,8 +284,9 @@ class Sender:
             self._metrics.webhook_lag_seconds.observe(max(0.0, time.time() - delivery.created_at))
         async with asyncio.timeout(TOTAL_SECONDS):
             body = await self._render(delivery)
+            secret = await self._secrets.of(delivery.tenant)
         headers = {"content-type": "application/json", "user-agent": f"Safelight/{version('safelight')}"}
-        headers |= webhooks.sign(self._secret, delivery.id, int(time.time()), body)
+        headers |= webhooks.sign(secret.valid, delivery.id, int(time.time()), body)
         try:
             async with self._client.stream("POST", delivery.url, content=body, headers=headers) as response:
                 # The status alone decides; some of the body is read, so as not to slam the door.
@@ -281,6 +295,17 @@ class Sender:
                 return Reply(response.status_code, _retry_after(response))
         except httpx2.HTTPError as error:
             return Reply(None, about=type(error).__name__)
+
+    async def _learn(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Tell an endpoint's health how an attempt ended. Best effort: the next one tells it again."""
+        said = {Outcome.DELIVERED: "ok", Outcome.GONE: "gone"}.get(outcome, "failed")
+        if not delivery.endpoint or (delivery.type == webhooks.TEST and said != "ok"):
+            return
+        with suppress(RedisError, OSError):
+            endpoint = delivery.endpoint
+            disabled = await keys.HEALTH_OF.call(self._redis, delivery.tenant, endpoint, said, self._patience_ms)
+            if disabled:
+                log.warning("webhook.endpoint_disabled", endpoint=endpoint, reason=disabled)
 
     def _judge(self, delivery: Delivery, reply: Reply) -> tuple[Outcome, float, str]:
         about = str(reply.status or reply.about)
@@ -292,27 +317,28 @@ class Sender:
         return outcome, max(delay, reply.retry_after), about
 
     def _again(self, delivery: Delivery) -> tuple[Outcome, float]:
-        if delivery.attempts > len(self._schedule):
+        if delivery.attempts > len(self._schedule) or delivery.type == webhooks.TEST:
             return Outcome.GIVEN_UP, 0.0
         return Outcome.RETRIED, self._schedule[delivery.attempts - 1] * random.uniform(0.85, 1.15)
 
-    async def _record(self, delivery: Delivery, outcome: Outcome, delay: float) -> None:
+    async def _record(self, delivery: Delivery, attempt: Attempt, delay: float) -> None:
         """Settle or postpone, also if Redis is away for a while; else the hold ends, and it is sent once more."""
         deadline, pause = time.monotonic() + SETTLE_SECONDS, BACKOFF[0]
         while True:
             try:
-                if outcome is Outcome.RETRIED:
-                    await webhooks.postpone(self._redis, delivery.id, delay)
+                if attempt.outcome.is_final:
+                    await webhooks.settle(self._redis, delivery.id, attempt, keep_ms=self._keep_ms)
                 else:
-                    await webhooks.settle(self._redis, delivery.id)
+                    await webhooks.postpone(self._redis, delivery.id, delay, attempt)
             except (RedisError, OSError) as error:
                 if time.monotonic() > deadline or self._stopping.is_set():
                     log.warning("webhook.unsettled", delivery=delivery.id, error=type(error).__name__)
-                    return
+                    break
             else:
-                return
+                break
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF[1])
+        self._count(attempt.outcome)
 
     def _count(self, outcome: Outcome) -> None:
         self._metrics.webhook_attempts_total.labels(outcome.value).inc()
@@ -346,7 +372,8 @@ def renderer(storage: Storage, public_url: str) -> Render:
         return storage.sign(output.key, URL_SECONDS)
 
     def render(delivery: Delivery) -> bytes:
-        return webhooks.body(delivery, view(delivery.job, public_url, sign).model_dump(mode="json"))
+        job = view(delivery.job, public_url, sign).model_dump(mode="json") if delivery.job else None
+        return webhooks.body(delivery, job)
 
     async def in_thread(delivery: Delivery) -> bytes:
         # In a thread: short-lived credentials of a bucket may have to be fetched anew before they can sign.
@@ -357,19 +384,27 @@ def renderer(storage: Storage, public_url: str) -> Render:
 
 def run(settings: Settings) -> None:
     """Run the sender until SIGTERM or SIGINT. Raises ConfigError."""
-    url, secret = redis_url(settings), webhook_secret(settings)
-    webhooks.secret_bytes(secret)
+    failpoints.arm(settings.failpoints)
+    url = redis_url(settings)
+    webhooks.secret_bytes(webhook_secret(settings))
     storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
-    asyncio.run(_run(settings, url, secret, renderer(storage, settings.base_url)))
+    asyncio.run(_run(settings, url, renderer(storage, settings.base_url)))
 
 
-async def _run(settings: Settings, url: str, secret: str, render: Render) -> None:
+async def _run(settings: Settings, url: str, render: Render) -> None:
     metrics = sender_metrics()
     with connect(url) as beats:
         process = _process(serve_metrics(settings, metrics.registry))
         redis = connect_async(url)
         async with guarded_client(AddressGuard(settings.webhook_allow), total_seconds=TOTAL_SECONDS) as client:
-            sender = Sender(redis, client, render, secret=secret, metrics=metrics)
+            sender = Sender(
+                redis,
+                client,
+                render,
+                secrets=open_secrets(settings, redis),
+                metrics=metrics,
+                keep_ms=settings.retention_ms,
+            )
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, sender.stop)
             beating = asyncio.create_task(_beat(beats, process))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -167,6 +168,15 @@ def client(api):
         yield client
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Forks workers with a stub model, APIs and senders in milliseconds."""
+    from tests.chaos.nursery import nursery
+
+    with nursery() as built:
+        yield built
+
+
 class PretendWorker:
     """Takes jobs and ends them by the real scripts, and paints nothing."""
 
@@ -179,7 +189,8 @@ class PretendWorker:
 
     def claim(self, model="tiny"):
         """Take the next job: its id and fence."""
-        reply = keys.CLAIM.run(self.redis, "w1", keys.queue_name(model), 15_000, "1", rq_time())
+        ticket = secrets.token_hex(4)
+        reply = keys.CLAIM.run(self.redis, "w1", keys.queue_name(model), 15_000, "1", rq_time(), ticket)
         assert reply, "no job waits"
         return reply[1], reply[2]
 
@@ -195,7 +206,7 @@ class PretendWorker:
         path.write_bytes(PNG)
         return key
 
-    def succeed(self, job):
+    def succeed(self, job, **more):
         job_id, fence = job
         output = {
             "type": "image",
@@ -211,6 +222,7 @@ class PretendWorker:
         fields = {
             "outputs": json.dumps([output]),
             "timings": json.dumps({f"{part}_seconds": 0.5 for part in parts}),
+            **{name: str(value) for name, value in more.items()},
         }
         assert self._commit(job, "succeeded", fields) == "done"
 

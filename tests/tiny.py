@@ -14,9 +14,9 @@ from PIL import Image
 
 from worker.engine.engine import Engine
 from worker.engine.run import Run
-from worker.pipelines import schedulers
-from worker.pipelines.load import targets
-from worker.pipelines.tasks import progress
+from worker.engine.target import Target
+from worker.pipelines import load, schedulers
+from worker.pipelines.arguments import progress
 from worker.pipelines.tiny_model import build
 
 torch.set_num_threads(1)
@@ -68,10 +68,12 @@ class Log:
         return [entry for entry in self.forwards if entry[0] == module_name]
 
 
-def together(family: Family, runs: list[Run], arrivals: list[int], **options: Any) -> Log:
+def together(
+    family: Family, runs: list[Run], arrivals: list[int], *, targets: dict[str, Target] | None = None, **options: Any
+) -> Log:
     """Make the runs in one engine, run i added before step arrivals[i]; the forwards it took."""
     log = Log()
-    engine = Engine(targets(family.pipe), log, **options)
+    engine = Engine(targets or load.targets(family.pipe), log, **options)
     waiting = sorted(zip(arrivals, range(len(runs)), strict=True))
     step = 0
     while waiting or not engine.is_idle:
@@ -260,7 +262,12 @@ def sdxl_refiner() -> Family:
     """An aesthetic score in place of the target size, and the last part of the steps only."""
 
     def request(i: int) -> dict[str, Any]:
-        start = {"image": picture(i), "denoising_start": 0.4, "aesthetic_score": 5.0 + i, "num_inference_steps": 5 + i % 3}
+        start = {
+            "image": picture(i),
+            "denoising_start": 0.4,
+            "aesthetic_score": 5.0 + i,
+            "num_inference_steps": 5 + i % 3,
+        }
         return _sdxl_embeds(i) | start
 
     parts = _sdxl_parts(projection_class_embeddings_input_dim=72)
@@ -700,7 +707,8 @@ def qwen_image() -> Family:
     ).eval()
 
     def request(i: int) -> dict[str, Any]:
-        wide = {"height": 16, "width": 64} if i % 2 else {"height": 32, "width": 32}  # as many tokens, other positions
+        # As many tokens, other positions.
+        wide = {"height": 16, "width": 64} if i % 4 == 3 else {"height": 32, "width": 32}
         tokens = 5 + 2 * (i % 4)
         masks = {"prompt_embeds_mask": mask(tokens, tokens), "negative_prompt_embeds_mask": mask(4, tokens)}
         asked = embeds(i, 16, tokens) | masks | wide

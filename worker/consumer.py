@@ -12,8 +12,9 @@ from redis.exceptions import RedisError
 from rq.timeouts import BaseDeathPenalty
 from rq.worker.base import BaseWorker, WorkerStatus
 
+from app.core import failpoints
 from app.core.errors import GenerationFailed, SafelightError
-from app.core.job import JobStatus
+from app.core.job import JobStatus, Priority
 from app.core.metrics import WorkerMetrics
 from worker.engine.engine import Engine
 from worker.engine.run import Run
@@ -28,7 +29,8 @@ from worker.reaper import Reaper
 
 log = structlog.get_logger()
 IDLE_SECONDS: Final = 0.5  # the longest sleep of an idle loop
-UNREADABLE: Final = GenerationFailed("The job's record cannot be read by this version; submit it again.")
+PRIORITIES: Final[dict[Priority, int]] = {"high": 1, "normal": 0, "low": -1}  # as a Run has them
+UNREADABLE: Final = GenerationFailed("No worker's version can read the job's record; submit it again.")
 UNKNOWN: Final = GenerationFailed("The picture could not be made; the service's log says why.")
 
 
@@ -96,6 +98,10 @@ class Consumer(BaseWorker):
         try:
             while not self._is_done:
                 self._turn()
+            self._drain()  # a second signal leaves something to hand back
+        except BaseException:
+            self._is_final = True  # nobody will turn the loop any more: let go of everything at once
+            raise
         finally:
             self._leave()
         return bool(self.successful_job_count)
@@ -112,9 +118,13 @@ class Consumer(BaseWorker):
         if self.engine.is_idle:
             self.bell.wait(IDLE_SECONDS)
             self.bell.clear()
+            self.pulse.rested()
         else:
-            self._settle(self.engine.step())
-        self.pulse.moved()
+            failpoints.reach("before_step")
+            finished = self.engine.step()
+            failpoints.reach("after_step")
+            self._settle(finished)
+            self.pulse.moved()
 
     def _drain(self) -> None:
         if self.intake.is_open:
@@ -135,15 +145,23 @@ class Consumer(BaseWorker):
         if claim.id in self.held:  # our own lease had passed, and the job came back to us
             self._drop(self.held[claim.id], "lost")
         held = self.held[claim.id] = HeldJob(claim)
+        if claim.job is None:
+            held.is_dropped = True
+            self.finisher.pass_on(held, UNREADABLE)
+            return
         try:
-            if claim.job is None:
-                raise UNREADABLE
+            failpoints.reach("before_start", claim.id)
             held.runs = runs_for(self.models[claim.job.params.model], claim.job.params, claim.id)
         except SafelightError as error:
             self._fail(held, error)
             return
+        except Exception:
+            log.exception("job.not_started", job_id=held.id)
+            self._fail(held, UNKNOWN)
+            return
         self.metrics.queue_wait_seconds.labels(held.job.params.model).observe(held.queue_seconds)
         for run in held.runs:
+            run.priority = PRIORITIES[held.job.priority]
             self.engine.add(run)
         self.metrics.runs_in_flight.labels(held.job.params.model).inc(len(held.runs))
 
@@ -204,7 +222,7 @@ class Consumer(BaseWorker):
         if status is None:
             return
         self.metrics.jobs_total.labels(model, status).inc()
-        log.info("job.ended", job_id=held.id, status=status, request_id=held.request_id)
+        log.info("job.ended", job_id=held.id, fence=held.claim.fence, status=status, request_id=held.request_id)
         if status is JobStatus.SUCCEEDED:
             self.successful_job_count += 1
             seconds = held.queue_seconds + time.monotonic() - held.claimed_at

@@ -13,6 +13,7 @@ import structlog
 from PIL import Image
 from redis.exceptions import RedisError
 
+from app.core import failpoints
 from app.core.errors import SafelightError, StorageUnavailable
 from app.core.job import JobFailure, JobStatus, Output
 from app.core.params import OutputFormat
@@ -50,6 +51,7 @@ class Finisher:
         self._leases = leases
         self._on_end = on_end  # the job is out of our hands: its status, or None where it was no longer ours
         self._gave_up = threading.Event()
+        self._is_redis_lost = False  # when we gave up it did not answer, and nobody waits for it any more
         self._stores = ThreadPoolExecutor(STORE_THREADS, "store")
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
 
@@ -66,16 +68,23 @@ class Finisher:
         """Hand the job back to the queue."""
         self._commits.submit(self._guarded, self._release, held)
 
+    def pass_on(self, held: HeldJob, error: SafelightError) -> None:
+        """Leave a job to workers of another version, or fail it with `error` if there are none."""
+        self._commits.submit(self._guarded, self._pass_on, held, error)
+
     def discard(self, held: HeldJob) -> None:
         """Remove what this attempt stored of a job that is no longer ours."""
         self._stores.submit(self._guarded, self._discard, held)
 
     def close(self, *, at_once: bool) -> None:
-        """Wait for what was begun; `at_once`: let go of what waits, its leases end and other workers take it."""
+        """Wait for what was begun; `at_once`: each commit and hand-back is tried once more, pictures are let go of.
+
+        Of what is let go of the leases end, and other workers take it.
+        """
         if at_once:
             self._gave_up.set()
         self._stores.shutdown(wait=True, cancel_futures=at_once)
-        self._commits.shutdown(wait=True, cancel_futures=at_once)
+        self._commits.shutdown(wait=True)
 
     def _guarded(self, work: Callable[..., None], held: HeldJob, *args: Any) -> None:
         try:
@@ -104,7 +113,9 @@ class Finisher:
             held.outputs[index] = output
             held.store_seconds = max(held.store_seconds, time.monotonic() - start)
             is_last = held.is_stored
-        if is_last:
+        if held.is_dropped:  # while we were storing: whoever dropped it did not see this one
+            self._discard(held)
+        elif is_last:
             self._commits.submit(self._guarded, self._commit, held, JobStatus.SUCCEEDED, self._result(held))
 
     def _put(self, held: HeldJob, output: Output, body: bytes) -> bool:
@@ -112,7 +123,9 @@ class Finisher:
         wait = FIRST_WAIT
         while not (held.is_dropped or self._gave_up.is_set()):
             try:
+                failpoints.reach("before_upload", held.id)
                 self._storage.put(output.key, body, output.content_type)
+                failpoints.reach("after_upload", held.id)
             except StorageUnavailable as error:
                 log.warning("store.unavailable", job_id=held.id, error=error.message, retry_in=wait)
                 self._gave_up.wait(wait)
@@ -126,6 +139,7 @@ class Finisher:
         return {"outputs": outputs, "timings": held.timings.model_dump(), "progress": held.progress.model_dump()}
 
     def _commit(self, held: HeldJob, status: JobStatus, fields: dict[str, Any]) -> None:
+        fields = {**fields, "denoiser_seconds": round(held.denoiser_seconds, 4)}  # for the tenant's usage
         committed = self._persist(held, lambda: self._leases.commit(held.claim, status, fields))
         if committed and status is not JobStatus.SUCCEEDED:
             self._delete(held)
@@ -138,20 +152,27 @@ class Finisher:
         self._discard(held)
         self._on_end(held, None)
 
+    def _pass_on(self, held: HeldJob, error: SafelightError) -> None:
+        if self._persist(held, lambda: self._leases.pass_on(held.claim)):
+            self._on_end(held, None)
+        else:
+            self.fail(held, error)
+
     def _persist(self, held: HeldJob, write: Callable[[], bool]) -> bool:
         """Write until Redis answers: every write is fenced, so one whose reply was lost may be repeated."""
         wait = FIRST_WAIT
-        while not self._gave_up.is_set():
+        while not self._is_redis_lost:
             try:
                 return write()
             except (RedisError, OSError) as error:
                 log.warning("redis.unavailable", job_id=held.id, error=type(error).__name__, retry_in=wait)
-                self._gave_up.wait(wait)
+                self._is_redis_lost = self._gave_up.wait(wait)
                 wait = min(wait * 2, 2.0)
         return False
 
     def _discard(self, held: HeldJob) -> None:
         """Remove what was stored for a job that is not ours, having asked whether that is so."""
+        failpoints.reach("before_discard", held.id)
         try:
             is_committed = self._leases.is_committed(held.claim)
         except (RedisError, OSError) as error:

@@ -15,6 +15,7 @@ from worker.leases import Leases
 log = structlog.get_logger()
 TICK_SECONDS: Final = 0.25  # how often progress is written, at most
 FORWARDS: Final = 10  # a step loop that ended none in this many of its longest forwards counts as hung
+LONGEST: Final = 0.25  # of a lease: no forward counts as longer, or once frozen, a process would be waited for too long
 
 
 class Pulse:
@@ -27,10 +28,14 @@ class Pulse:
         self._last = time.monotonic()
 
     def moved(self) -> None:
-        """The loop came round."""
+        """A forward ended."""
         now = time.monotonic()
-        self._longest = max(self._longest, min(now - self._last, self._lease_seconds))
+        self._longest = max(self._longest, min(now - self._last, LONGEST * self._lease_seconds))
         self._last = now
+
+    def rested(self) -> None:
+        """The loop came round with nothing to do."""
+        self._last = time.monotonic()
 
     @property
     def is_beating(self) -> bool:
@@ -49,13 +54,18 @@ class Heart:
         *,
         lease_seconds: float,
         bell: threading.Event,
+        on_hung: Callable[[], None],
     ) -> None:
+        """`on_hung` is called once the step loop has hung for a lease longer than the beats went on."""
         self.lost: SimpleQueue[HeldJob] = SimpleQueue()
         self._leases = leases
         self._held = held
         self._pulse = pulse
         self._announce = announce
         self._interval = lease_seconds / 5
+        self._patience = lease_seconds / TICK_SECONDS  # ticks
+        self._hung_ticks = 0
+        self._on_hung = on_hung
         self._bell = bell
         self._closed = threading.Event()
         self._due = 0.0
@@ -78,7 +88,8 @@ class Heart:
     def _beat(self) -> None:
         now = time.monotonic()
         is_due = now >= self._due
-        if self._pulse.is_beating:
+        self._look(is_beating := self._pulse.is_beating)
+        if is_beating:
             held = {job.id: job for job in self._held() if not job.is_dropped}
             beats = [beat for job in held.values() if (beat := job.beat(is_due=is_due))]
             for job_id in self._leases.beat(beats) if beats else ():
@@ -87,3 +98,9 @@ class Heart:
         if is_due:
             self._announce()
             self._due = now + self._interval
+
+    def _look(self, is_beating: bool) -> None:
+        # Counted, not timed: a process that was frozen finds much time gone and has lived through none of it.
+        self._hung_ticks = 0 if is_beating else self._hung_ticks + 1
+        if self._hung_ticks > self._patience:
+            self._on_hung()

@@ -107,8 +107,12 @@ class Intake:
                 self.claims.put(turn)
                 self._bell.set()
                 found = True
+                if turn.job is None:  # it goes on to others: be slow to meet it again
+                    self._closed.wait(LOOK_SECONDS)
             elif turn is Turn.DRAIN:
                 return False
+            else:
+                found = found or turn is Turn.AGAIN
         return found
 
     def _listen_forever(self) -> None:

@@ -8,13 +8,16 @@ from typing import Any, Final
 
 from redis import Redis
 
+from app.core import failpoints
 from app.core import redis_keys as keys
 from app.core.job import Job, JobFailure, JobStatus, job_from_hash
 from app.core.queue import rq_time
 
 REAP_LIMIT: Final = 100
+AUDIT_LIMIT: Final = 10
+UNREAD_MS: Final = 300_000  # a new version is rolled out within this
 POISON: Final = JobFailure(
-    code="poison", message="The job ended its worker again and again, at last while alone in it."
+    code="poison", message="The job ended its worker again and again, at last twice while alone in it."
 )
 
 
@@ -22,6 +25,7 @@ class Turn(Enum):
     """What a worker hears that asked for a job and got none."""
 
     NOTHING = "nothing waits"
+    AGAIN = "ask again: there were only cancelled jobs so far"
     DRAIN = "become empty first: a job that must run alone waits"
 
 
@@ -52,34 +56,52 @@ class Leases:
         self._worker = worker
         self._lease_ms = lease_ms
         self._retention_ms = retention_ms
+        self._ticket = 0
 
     def claim(self, queue: str, *, is_idle: bool) -> Claim | Turn:
-        """Pop the next job of a queue and take it, or hear why there is none."""
-        reply = keys.CLAIM.run(self._redis, self._worker, queue, self._lease_ms, int(is_idle), rq_time())
+        """Pop the next job of a queue and take it, or hear why there is none.
+
+        After an error the next call gives the job that the lost reply held, if it took one. One thread calls this.
+        """
+        failpoints.reach("before_claim")
+        reply = keys.CLAIM.run(self._redis, self._worker, queue, self._lease_ms, int(is_idle), rq_time(), self._ticket)
+        failpoints.reach("after_claim", reply[1] if reply and reply[0] == "job" else "")
+        self._ticket += 1
         if reply is None:
             return Turn.NOTHING
-        if reply[0] == "drain":
-            return Turn.DRAIN
+        if reply[0] != "job":
+            return Turn.DRAIN if reply[0] == "drain" else Turn.AGAIN
         _, job_id, fence, alone, *flat = reply
         return Claim(job_id, int(fence), alone == "1", _read(job_id, dict(zip(flat[::2], flat[1::2], strict=True))))
 
     def beat(self, beats: Iterable[Beat]) -> list[str]:
         """Extend the leases of these jobs and write their progress; the ids that are no longer ours."""
         flat = [part for b in beats for part in (b.id, b.fence, b.progress)]
+        failpoints.reach("before_beat")
         lost: list[str] = keys.BEAT.run(self._redis, self._lease_ms, *flat)
+        failpoints.reach("after_beat")
         return lost
 
     def commit(self, claim: Claim, status: JobStatus, fields: Mapping[str, Any]) -> bool:
         """Write a job's end; False where the fence no longer holds. Safe to repeat after a lost reply."""
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+        failpoints.reach("before_commit", claim.id)
         outcome = keys.COMMIT.run(
             self._redis, claim.id, claim.fence, status, self._retention_ms, json.dumps(texts), rq_time()
         )
+        failpoints.reach("after_commit", claim.id)
         return bool(outcome != "lost")
 
     def release(self, claim: Claim) -> bool:
         """Hand a job back unfinished, its tries unchanged; False where the fence no longer holds."""
-        return bool(keys.RELEASE.run(self._redis, claim.id, claim.fence) == "done")
+        failpoints.reach("before_release", claim.id)
+        outcome = keys.RELEASE.run(self._redis, claim.id, claim.fence, "")
+        failpoints.reach("after_release", claim.id)
+        return bool(outcome == "done")
+
+    def pass_on(self, claim: Claim) -> bool:
+        """Leave a job that we cannot read to a worker of another version; False where there was none for too long."""
+        return bool(keys.RELEASE.run(self._redis, claim.id, claim.fence, UNREAD_MS) != "unreadable")
 
     def is_committed(self, claim: Claim) -> bool:
         """Whether this very claim's end is what the job's record holds."""
@@ -89,6 +111,11 @@ class Leases:
         """Put the jobs of the dead back; what became of each: requeued, alone or poison."""
         reply = keys.REAP.run(self._redis, REAP_LIMIT, self._retention_ms, POISON.model_dump_json(), rq_time())
         return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    def audit(self, queue: str) -> list[str]:
+        """Put jobs that are in no place where they belong; their ids."""
+        found: list[str] = keys.AUDIT.run(self._redis, queue, AUDIT_LIMIT)
+        return found
 
 
 def _read(job_id: str, fields: Mapping[str, str]) -> Job | None:

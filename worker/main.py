@@ -5,7 +5,9 @@ import resource
 import secrets
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -15,14 +17,15 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.serializers import JSONSerializer
+from rq.worker.base import WorkerStatus
 
-from app.core import logs, processes
+from app.core import failpoints, logs, processes
 from app.core.catalog import Catalog, ModelSpec, load_catalog
-from app.core.connections import connect
+from app.core.connections import check_server, connect
 from app.core.errors import ConfigError
 from app.core.exposition import serve_metrics
 from app.core.metrics import WorkerMetrics
-from app.core.redis_keys import queue_name
+from app.core.redis_keys import lanes, queue_name
 from app.core.settings import Settings, load_settings, redis_url, url_secret
 from app.core.storage import open_storage
 from worker.consumer import Consumer
@@ -32,12 +35,13 @@ from worker.finisher import Finisher
 from worker.heart import Heart, Pulse
 from worker.intake import Intake, Room
 from worker.leases import Leases
-from worker.pipelines.load import load
+from worker.pipelines.load import WarmModel, load
 from worker.pipelines.tasks import warm_up
 from worker.reaper import Reaper
 
 log = structlog.get_logger()
 CONFIG_EXIT = 2  # tells the supervisor that starting again will not help
+BROKEN_EXIT = 70  # tells it that it will: EX_SOFTWARE
 
 
 class ForwardMetrics:
@@ -78,6 +82,9 @@ class Announcer:
     def __call__(self) -> None:
         runs = self._consumer.room.images
         processes.beat(self._redis, replace(self._process, runs=runs))
+        if not self._redis.exists(self._consumer.key):  # Redis was emptied: RQ's tools shall see us again
+            self._consumer.register_birth()
+            self._consumer.set_state(WorkerStatus.STARTED)
         self._consumer.heartbeat(timeout=60)
         self._gauge()
 
@@ -106,13 +113,20 @@ def main() -> None:
 
 
 def run(settings: Settings) -> None:
-    """Build everything, warm up, and work. Raises ConfigError."""
+    """Serve the catalog's models until told to stop. Raises ConfigError."""
     torch.set_num_threads(settings.threads)
+    work(settings, lambda: {spec.name: load(spec, settings.device, spec.dtype) for spec in served(settings)})
+
+
+def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) -> None:
+    """Build everything, warm up, and work until told to stop. Raises ConfigError."""
+    threading.excepthook = _end
+    failpoints.arm(settings.failpoints)
     url = redis_url(settings)
     storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
     metrics = WorkerMetrics()
     started = time.monotonic()
-    models = {spec.name: load(spec, settings.device, spec.dtype) for spec in served(settings)}
+    models = load_models()
     targets = {f"{name}:{part}": target for name, model in models.items() for part, target in model.modules.items()}
     observer = ForwardMetrics(metrics, targets)
     engine = Engine(targets, observer, max_batch=None if settings.max_batch == "auto" else settings.max_batch)
@@ -124,10 +138,13 @@ def run(settings: Settings) -> None:
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     rq_connection = connect(url, decode=False)
     _await_redis(rq_connection)
-    queues = [Queue(queue_name(m), connection=rq_connection, serializer=JSONSerializer) for m in models]
+    queues = [queue_name(model) for model in models]
+    rq_queues = [
+        Queue(lane, connection=rq_connection, serializer=JSONSerializer) for queue in queues for lane in lanes(queue)
+    ]
     room = Room(settings.max_runs)
     consumer = Consumer(
-        queues,
+        rq_queues,
         name=name,
         connection=rq_connection,
         serializer=JSONSerializer,
@@ -161,10 +178,13 @@ def run(settings: Settings) -> None:
         announcer,
         lease_seconds=settings.lease_seconds,
         bell=consumer.bell,
+        on_hung=_end_hung,
     )
-    intake = Intake(leases(), connect(url), [q.name for q in queues], room, consumer.bell)
+    intake = Intake(leases(), connect(url), queues, room, consumer.bell)
     finisher = Finisher(storage, leases(), consumer.end)
-    reaper = Reaper(leases(), connect(url), storage, metrics.recovered_jobs_total)
+    reaper = Reaper(
+        leases(), connect(url), storage, metrics.recovered_jobs_total, queues, lease_seconds=settings.lease_seconds
+    )
     consumer.use(intake, heart, pulse, finisher, reaper)
     log.info("worker.ready", name=name, models=list(models), metrics=process.metrics)
     try:
@@ -183,10 +203,22 @@ def served(settings: Settings) -> list[ModelSpec]:
     return [m for m in catalog.models.values() if not settings.serve or m.name in settings.serve]
 
 
+def _end(failure: threading.ExceptHookArgs) -> None:
+    # A worker that lacks a thread is worse than none: its jobs go to others, and whoever supervises starts it again.
+    log.critical("worker.broken", thread=failure.thread and failure.thread.name, exc_info=failure.exc_value)
+    os._exit(BROKEN_EXIT)
+
+
+def _end_hung() -> None:
+    # The thread that hangs is in a call of the device; nothing but the end of the process gets it out of there.
+    log.critical("worker.hung", remedy="its jobs go to other workers; look at the device")
+    os._exit(BROKEN_EXIT)
+
+
 def _await_redis(redis: Redis) -> None:
     while True:
         try:
-            redis.ping()
+            check_server(redis)
         except (RedisError, OSError) as error:
             log.warning("redis.unavailable", error=type(error).__name__)
             time.sleep(0.5)

@@ -1,9 +1,10 @@
-"""Who calls: a bearer key, or nobody in particular where the service is open on loopback."""
+"""Who calls: a bearer key, or nobody in particular where the service is open on loopback; and what he may do."""
 
 import hmac
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -12,41 +13,80 @@ from starlette.datastructures import URL
 
 from app.api.deps import Deps, Services
 from app.core import api_keys
+from app.core.api_keys import DEFAULT_TENANT, Scope
 from app.core.errors import ConfigError, Forbidden, Unauthorized
 from app.core.settings import Settings
 
-TENANT: Final = "default"
 _bearer = HTTPBearer(auto_error=False, description="A key of `safelight keys create`, or SAFELIGHT_API_KEY.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+Route = TypeVar("Route", bound=Callable[..., Any])
+_NEEDS: Final = "__safelight_needs__"  # what a route's function is marked with
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whose jobs a request may touch, and whether it may look at the service itself."""
+    """Whose jobs a request may touch, and what it may do with them; `key_id` is None without a key of the ring."""
 
     tenant: str
-    is_admin: bool
+    scopes: frozenset[Scope]
+    key_id: str | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or self.is_admin
+
+    @property
+    def is_admin(self) -> bool:
+        return Scope.ADMIN in self.scopes
+
+
+ANYTHING: Final = Identity(DEFAULT_TENANT, frozenset(Scope))
+
+
+def needs(scope: Scope) -> Callable[[Route], Route]:
+    """Marks a route with the scope it asks for. A route without a mark is for admins: nobody opens one by oversight."""
+
+    def mark(route: Route) -> Route:
+        vars(route)[_NEEDS] = scope
+        return route
+
+    return mark
+
+
+def needed(endpoint: Callable[..., Any]) -> Scope:
+    """The scope that a route asks for."""
+    found: Scope = vars(endpoint).get(_NEEDS, Scope.ADMIN)
+    return found
 
 
 async def authenticate(request: Request, deps: Deps, given: Credentials) -> Identity:
-    """Raises Unauthorized without a good key; Forbidden where the service is open but called by a name not its own."""
-    if given and _is_bootstrap(deps.settings, given.credentials):
-        return Identity(TENANT, is_admin=True)
-    if await _is_open(deps):
-        _check_host(request)
-        return Identity(TENANT, is_admin=True)
-    if given and await deps.keys.find(given.credentials):
-        return Identity(TENANT, is_admin=False)
-    raise Unauthorized("send a good key, as in Authorization: Bearer KEY")
+    """Raises Unauthorized without a good key, and Forbidden for one that may not do this.
+
+    Also Forbidden where the service is open but called by a name not its own.
+    """
+    caller = await _identify(request, deps, given)
+    scope = needed(request.scope["endpoint"])
+    if not caller.may(scope):
+        raise Forbidden(f"this needs a key with the scope {scope}; yours has {', '.join(sorted(caller.scopes))}")
+    return caller
 
 
 Caller = Annotated[Identity, Depends(authenticate)]
 
 
-async def require_admin(caller: Caller) -> None:
-    """Raises Forbidden."""
-    if not caller.is_admin:
-        raise Forbidden("this needs the admin key, SAFELIGHT_API_KEY")
+async def _identify(request: Request, deps: Services, given: HTTPAuthorizationCredentials | None) -> Identity:
+    if given and _is_bootstrap(deps.settings, given.credentials):
+        return ANYTHING
+    if await _is_open(deps):
+        _check_host(request)
+        return ANYTHING
+    if given and (key := await deps.keys.find(given.credentials)):
+        return Identity(key.tenant, frozenset(key.scopes), key.id)
+    raise Unauthorized("send a good key, as in Authorization: Bearer KEY")
+
+
+async def is_still_good(deps: Services, caller: Identity) -> bool:
+    """Whether the key behind a long reply has been neither revoked nor expired since it began."""
+    return caller.key_id is None or await deps.keys.is_good(caller.key_id)
 
 
 def check_exposure(settings: Settings, redis: Redis) -> None:

@@ -1,5 +1,6 @@
 """What routes are handed: the clients that main.py built, and names for them in signatures."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
@@ -11,13 +12,16 @@ from app.core import processes
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
 from app.core.catalog import Catalog
+from app.core.endpoints import Endpoints
 from app.core.events import Hub
 from app.core.job import Job, JobStatus, JobView, view
 from app.core.metrics import ApiMetrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.core.tenants import Secrets
 
+PLACES: Final = 16
 URL_SECONDS: Final = 3600  # how long an output's URL works
 
 
@@ -34,6 +38,9 @@ class Services:
     hub: Hub
     keys: KeyRing
     guard: AddressGuard
+    endpoints: Endpoints
+    secrets: Secrets
+    places: asyncio.Semaphore  # of streams and waits that read a job at the same moment; the rest is for requests
     is_draining: bool = False
 
     def drain(self) -> None:

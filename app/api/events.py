@@ -1,9 +1,10 @@
-"""A job's events as a stream (server-sent events), from its beginning or from where a caller left off."""
+"""Events as streams (server-sent events): of one job from its beginning, of all a tenant's jobs from now on."""
 
 import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Response
@@ -11,25 +12,28 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from redis.exceptions import RedisError
 
-from app.api.auth import Caller
+from app.api.auth import Caller, Identity, is_still_good, needs
 from app.api.deps import Deps, Services
 from app.api.jobs import JobId
 from app.api.problems import responses
 from app.core import events
+from app.core.api_keys import Scope
 from app.core.errors import NotFound, QueueUnavailable
-from app.core.events import JobEvent
+from app.core.events import Feed, JobEvent, OfJob, OfTenant
 from app.core.job import Job, JobStatus
 
 KEEP_ALIVE: Final = 10.0  # seconds; a caller that is gone is noticed when something is written
 _NUMBER: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
-_STREAM: Final[dict[int | str, dict[str, Any]]] = {
+_EVENT_STREAM: Final = "text/event-stream"
+_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_OF_JOB: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": (
             "Events `status` and `progress`, then the last one, named by the job's final status, with the whole job as "
             "its data. A job that was tried again shows `queued` and `processing` a second time."
         ),
         "content": {
-            "text/event-stream": {
+            _EVENT_STREAM: {
                 "schema": {"type": "string"},
                 "example": 'event: progress\ndata: {"phase":"denoising","step":12,"steps":20}\nid: 4\n\n',
             }
@@ -37,6 +41,21 @@ _STREAM: Final[dict[int | str, dict[str, Any]]] = {
     },
     204: {"description": "The last event was received before: there is nothing more, and no reason to connect again."},
 }
+_OF_TENANT: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": (
+            "An event `status` whenever a job of yours changes its status. `missed` says that events between were "
+            "dropped before you asked for them: ten thousand are kept. The stream does not end by itself."
+        ),
+        "content": {
+            _EVENT_STREAM: {
+                "schema": {"type": "string"},
+                "example": 'event: status\ndata: {"job":"job_...","status":"succeeded","at":1700000000000}\nid: 17\n\n',
+            }
+        },
+    },
+}
+LastEventId = Annotated[str | None, Header(description="Go on after this event.")]
 
 router = APIRouter(tags=["jobs"])
 
@@ -44,41 +63,92 @@ router = APIRouter(tags=["jobs"])
 class EventStream(StreamingResponse):
     """Not FastAPI's EventSourceResponse: under that a route can only be a generator, which cannot answer 204."""
 
-    media_type = "text/event-stream"
+    media_type = _EVENT_STREAM
 
 
-@router.get("/v1/jobs/{job_id}/events", response_class=EventStream, responses=_STREAM | responses(404))
-async def stream_events(
-    job_id: JobId, caller: Caller, deps: Deps, last_event_id: Annotated[str | None, Header()] = None
-) -> Response:
+@router.get("/v1/jobs/{job_id}/events", response_class=EventStream, responses=_OF_JOB | responses(404))
+@needs(Scope.READ)
+async def stream_events(job_id: JobId, caller: Caller, deps: Deps, last_event_id: LastEventId = None) -> Response:
     """What happens to a job, as it happens; ends by itself. `Last-Event-ID` resumes after that event."""
     job = await deps.queue.get(caller.tenant, job_id)
-    after = int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else 0
-    if job.status.is_final and after and not await events.read(deps.redis, job_id, after):
+    after = _position(last_event_id) or 0
+    if job.status.is_final and after and not await deps.hub.read(OfJob(job_id), after):
         return Response(status_code=204)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventStream(_stream(deps, job, after), headers=headers)
+    return EventStream(_of_job(deps, caller, job, after), headers=_HEADERS)
 
 
-async def _stream(deps: Services, job: Job, after: int) -> AsyncIterator[bytes]:
+@router.get("/v1/events", response_class=EventStream, responses=_OF_TENANT)
+@needs(Scope.READ)
+async def stream_all_events(caller: Caller, deps: Deps, last_event_id: LastEventId = None) -> Response:
+    """The statuses of all your jobs, as they change. `Last-Event-ID` resumes after that event; 0: the oldest kept."""
+    feed = OfTenant(caller.tenant)
+    last, after = await events.last_of(deps.redis, feed), _position(last_event_id)
+    found = _of_tenant(deps, caller, feed, last if after is None else after, last)
+    return EventStream(found, headers=_HEADERS)
+
+
+def _position(last_event_id: str | None) -> int | None:
+    return int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else None
+
+
+async def _of_job(deps: Services, caller: Identity, job: Job, after: int) -> AsyncIterator[bytes]:
     try:
-        async with deps.hub.watch(job.id) as bell:
-            while not deps.is_draining:
-                bell.clear()
-                for event in await events.read(deps.redis, job.id, after):
-                    is_last = _is_last(event)
-                    yield await _last(deps, job, event) if is_last else _format(event.type, event.data, event.id)
-                    if is_last:
-                        return
-                    after = event.id
-                try:
-                    await asyncio.wait_for(bell.wait(), KEEP_ALIVE)
-                except TimeoutError:
+        async for event in _follow(deps, caller, OfJob(job.id), after):
+            if event is None:
+                async with deps.places:
                     await deps.queue.get(job.tenant, job.id)
-                    yield format_sse_event(comment="keep-alive")
-    except (RedisError, NotFound, QueueUnavailable):
+                yield format_sse_event(comment="keep-alive")
+            elif _is_last(event):
+                yield await _last(deps, job, event)
+                return
+            else:
+                yield _format(event)
+    except (RedisError, OSError, NotFound, QueueUnavailable):
         # The reply has begun, so it can only end: a caller connects again, and hears then what is wrong.
         return
+
+
+async def _of_tenant(deps: Services, caller: Identity, feed: OfTenant, after: int, last: int) -> AsyncIterator[bytes]:
+    try:
+        # Written at once, so that a caller knows that it is heard from here on.
+        yield format_sse_event(comment="open")
+        if after > last:  # a number of another Redis: what it had seen there, nobody can tell
+            yield _missed(last, last)
+            after = last
+        async for event in _follow(deps, caller, feed, after):
+            if event is None:
+                yield format_sse_event(comment="keep-alive")
+                continue
+            if event.id > after + 1:
+                yield _missed(after, event.id - 1)
+            yield _format(event)
+            after = event.id
+    except (RedisError, OSError):
+        return
+
+
+async def _follow(deps: Services, caller: Identity, feed: Feed, after: int) -> AsyncIterator[JobEvent | None]:
+    """The events after `after`, and None in between whenever somebody should say that the stream is alive.
+
+    Ends when the service stops, or when the caller's key does.
+    """
+    clock = asyncio.get_running_loop().time
+    look_at = clock() + KEEP_ALIVE
+    async with deps.hub.watch(feed) as bell:
+        while not deps.is_draining:
+            bell.clear()
+            found = await deps.hub.read(feed, after)
+            for event in found:
+                yield event
+                after = event.id
+            if clock() >= look_at:
+                if not await is_still_good(deps, caller):
+                    return
+                look_at = clock() + KEEP_ALIVE
+                yield None
+            if not found:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(bell.wait(), look_at - clock())
 
 
 def _is_last(event: JobEvent) -> bool:
@@ -86,9 +156,15 @@ def _is_last(event: JobEvent) -> bool:
 
 
 async def _last(deps: Services, job: Job, event: JobEvent) -> bytes:
-    shown = await deps.view(await deps.queue.get(job.tenant, job.id))
+    async with deps.places:
+        shown = await deps.view(await deps.queue.get(job.tenant, job.id))
     return format_sse_event(event=event.data["status"], data_str=shown.model_dump_json(), id=str(event.id))
 
 
-def _format(kind: str, data: dict[str, Any], number: int) -> bytes:
-    return format_sse_event(event=kind, data_str=json.dumps(data, separators=(",", ":")), id=str(number))
+def _missed(after: int, last: int) -> bytes:
+    return format_sse_event(event="missed", data_str=json.dumps({"after": after, "until": last}), id=str(last))
+
+
+def _format(event: JobEvent) -> bytes:
+    data = json.dumps(event.data, separators=(",", ":"))
+    return format_sse_event(event=event.type, data_str=data, id=str(event.id))

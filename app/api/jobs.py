@@ -9,11 +9,13 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from app.api.auth import Caller
+from app.api.auth import Caller, needs
 from app.api.deps import Deps, Services
 from app.api.problems import responses
 from app.api.schemas import JobFilter, JobRequest, ListResponse
+from app.core.api_keys import Scope
 from app.core.errors import NotFound
+from app.core.events import OfJob
 from app.core.job import Job, JobStatus, JobView
 from app.core.params import complete
 from app.core.queue import Submission
@@ -62,6 +64,7 @@ _SUBMIT_HEADERS: Final[dict[str, Any]] = {
         **responses(404, 413, 422),
     },
 )
+@needs(Scope.SUBMIT)
 async def submit_job(
     *,
     body: JobRequest,
@@ -91,6 +94,8 @@ def _submission(body: JobRequest, request: Request, deps: Services, idempotency_
     canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
     return Submission(
         params=complete(body.generation(), deps.catalog),
+        priority=body.priority,
+        deadline_seconds=body.deadline_seconds,
         webhook=body.webhook,
         metadata=body.metadata,
         idempotency_key=idempotency_key,
@@ -108,10 +113,11 @@ def _preferred_wait(prefer: str | None) -> int | None:
 async def _wait(deps: Services, job: Job, seconds: float) -> Job:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    async with deps.hub.watch(job.id) as bell:
+    async with deps.hub.watch(OfJob(job.id)) as bell:
         while True:
             bell.clear()
-            job = await deps.queue.get(job.tenant, job.id)
+            async with deps.places:
+                job = await deps.queue.get(job.tenant, job.id)
             remaining = deadline - loop.time()
             if job.status.is_final or deps.is_draining or remaining <= 0:
                 return job
@@ -120,6 +126,7 @@ async def _wait(deps: Services, job: Job, seconds: float) -> Job:
 
 
 @router.get("/v1/jobs", responses=responses(422))
+@needs(Scope.READ)
 async def list_jobs(caller: Caller, deps: Deps, which: Annotated[JobFilter, Query()]) -> ListResponse[JobView]:
     """Your jobs, newest first."""
     page = await deps.queue.list(caller.tenant, status=which.status, limit=which.limit, cursor=which.cursor)
@@ -127,12 +134,14 @@ async def list_jobs(caller: Caller, deps: Deps, which: Annotated[JobFilter, Quer
 
 
 @router.get("/v1/jobs/{job_id}", responses=responses(404))
+@needs(Scope.READ)
 async def get_job(job_id: JobId, caller: Caller, deps: Deps) -> JobView:
     """A job; its outputs' URLs are signed anew each time."""
     return await deps.view(await deps.queue.get(caller.tenant, job_id))
 
 
 @router.post("/v1/jobs/{job_id}/cancel", responses=responses(404))
+@needs(Scope.SUBMIT)
 async def cancel_job(job_id: JobId, caller: Caller, deps: Deps) -> JobView:
     """Stop a job, whatever it is doing; one that has ended stays as it is."""
     return await deps.view(await _cancel(deps, caller.tenant, job_id))
@@ -149,6 +158,7 @@ async def _cancel(deps: Services, tenant: str, job_id: str) -> Job:
 
 
 @router.delete("/v1/jobs/{job_id}", status_code=204, responses=responses(404))
+@needs(Scope.SUBMIT)
 async def delete_job(job_id: JobId, caller: Caller, deps: Deps) -> None:
     """Forget a job: cancel it if it runs, then remove its objects and its record."""
     await _cancel(deps, caller.tenant, job_id)

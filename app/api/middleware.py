@@ -25,7 +25,9 @@ SECURITY: Final = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-site",
     "cache-control": "no-store",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+NO_CONTENT: Final = "default-src 'none'; frame-ancestors 'none'"  # of what is data, should a browser take it for a page
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
@@ -109,6 +111,8 @@ def _add_headers(message: Message, request_id: str) -> None:
     headers["x-request-id"] = request_id
     for name, value in SECURITY.items():
         headers.setdefault(name, value)
+    if not headers.get("content-type", "").startswith("text/html"):
+        headers.setdefault("content-security-policy", NO_CONTENT)
 
 
 def _content_length(scope: Scope) -> int:

@@ -2,14 +2,17 @@
 
 from fastapi import APIRouter
 
+from app.api.auth import needs
 from app.api.deps import Deps
 from app.api.schemas import ListResponse, ModelView
+from app.core.api_keys import Scope
 from app.core.catalog import ModelSpec
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models")
+@needs(Scope.READ)
 async def list_models(deps: Deps) -> ListResponse[ModelView]:
     """All models, with what each accepts and defaults to."""
     served, default = await deps.served(), deps.catalog.default.name

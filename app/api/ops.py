@@ -6,10 +6,12 @@ from collections import defaultdict
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from app.api.auth import needs
 from app.api.deps import Deps, Services
 from app.api.problems import responses
 from app.api.schemas import Health, TargetGroup
 from app.core import processes
+from app.core.api_keys import Scope
 from app.core.errors import QueueUnavailable, Unavailable
 from app.core.redis_keys import queue_name
 
@@ -35,6 +37,7 @@ async def is_ready(deps: Deps) -> Health:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@needs(Scope.READ)
 async def get_metrics(deps: Deps) -> Response:
     """The API's metrics and the queues', for Prometheus."""
     await _read_queues(deps)
@@ -56,6 +59,7 @@ async def _read_queues(deps: Services) -> None:
 
 
 @router.get("/metrics/targets")
+@needs(Scope.READ)
 async def get_targets(deps: Deps) -> list[TargetGroup]:
     """Where workers and senders serve their metrics, for Prometheus' http_sd."""
     targets: defaultdict[str, list[str]] = defaultdict(list)

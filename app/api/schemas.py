@@ -1,14 +1,19 @@
 """The JSON that routes take and give, besides a job's own (core/job.py) and an error's (problems.py)."""
 
 import json
+from datetime import date as Date  # noqa: N812  # a field of that name hides it
 from datetime import datetime
 from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from app.core import api_keys
+from app.core.api_keys import Scope
 from app.core.catalog import Defaults, Limits
-from app.core.job import JobStatus, Webhook
+from app.core.endpoints import Disabled
+from app.core.job import TERMINAL_EVENTS, JobStatus, Priority, Webhook, WebhookEvent, WebhookEvents
 from app.core.params import GenerationRequest
+from app.core.webhooks import Outcome
 
 MAX_METADATA: Final = 8192  # bytes of JSON
 MAX_DEPTH: Final = 16
@@ -53,6 +58,12 @@ class JobRequest(GenerationRequest):
         }
     )
 
+    priority: Priority = Field(
+        "normal", description="Of thirteen jobs of a model nine high ones, three normal and one low one are taken."
+    )
+    deadline_seconds: float | None = Field(
+        None, ge=0.1, le=7 * 86400, description="Not finished so long after it was accepted, the job ends as expired."
+    )
     webhook: Webhook | None = None
     metadata: Metadata | None = Field(None, description="Yours: kept with the job and shown with it. At most 8 kB.")
 
@@ -131,3 +142,169 @@ class TargetGroup(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "ready"]
+
+
+def _is_printable(text: str) -> str:
+    # It is shown in terminals and lists, where control characters would do something.
+    if not text.isprintable():
+        raise ValueError("only printable characters are accepted")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_is_printable)]
+TenantName = Annotated[str, Field(pattern=api_keys.TENANT_FORM)]
+
+
+class KeyRequest(BaseModel):
+    """A key to make."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Printable = Field(min_length=1, max_length=api_keys.MAX_NAME, description="What lists show it by.")
+    tenant: TenantName = Field(api_keys.DEFAULT_TENANT, description="Whose jobs it opens.")
+    scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
+        list(api_keys.EVERYDAY), min_length=1, max_length=len(Scope)
+    )
+    expires_days: int | None = Field(None, ge=1, le=3650, description="Null: it does not expire.")
+
+
+class KeyView(BaseModel):
+    """An API key, without what makes it one."""
+
+    id: str
+    object: Literal["key"] = "key"
+    name: str
+    tenant: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None = Field(description="To the minute.")
+
+
+class KeyMade(KeyView):
+    """A key that was just made."""
+
+    secret: str = Field(description="The key itself. It is not shown again.")
+
+
+class UsageQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    days: int = Field(30, ge=1, le=400, description="How many days back, today included.")
+
+
+class UsageDay(BaseModel):
+    date: Date
+    images: int
+    denoiser_seconds: float
+
+
+class UsageView(BaseModel):
+    """What a tenant's finished jobs have used."""
+
+    object: Literal["usage"] = "usage"
+    tenant: str
+    since: Date
+    images: int
+    denoiser_seconds: float
+    days: list[UsageDay] = Field(description="Days without use are left out.")
+
+
+class EndpointRequest(BaseModel):
+    """A receiver of webhooks."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"url": "https://example.com/hook", "events": ["job.succeeded"]}]},
+    )
+
+    url: str = Field(max_length=2048)
+    events: WebhookEvents = TERMINAL_EVENTS
+    description: Printable = Field("", max_length=200)
+
+
+class EndpointChange(BaseModel):
+    """What to change about a receiver; what is absent or null stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str | None = Field(None, max_length=2048)
+    events: WebhookEvents | None = None
+    description: Printable | None = Field(None, max_length=200)
+    enabled: bool | None = None
+
+
+class EndpointView(BaseModel):
+    """A receiver of webhooks, and how it is doing."""
+
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    url: str
+    events: list[WebhookEvent]
+    description: str
+    enabled: bool
+    disabled_reason: Disabled | None = Field(
+        description="paused: by you; gone: it answered 410; failing: it did nothing else for five days."
+    )
+    disabled_at: datetime | None
+    failures: int = Field(description="Attempts in a row that failed.")
+    failing_since: datetime | None
+    created_at: datetime
+
+
+class DeliveryFilter(BaseModel):
+    """Which deliveries to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    job: str | None = Field(None, max_length=64, description="Only those about this job.")
+    limit: int = Field(20, ge=1, le=100)
+
+
+class AttemptView(BaseModel):
+    """One attempt at a delivery."""
+
+    at: datetime
+    outcome: Outcome
+    response_status: int | None = Field(description="What the receiver answered; null: nothing.")
+    seconds: float
+
+
+class DeliveryView(BaseModel):
+    """A webhook on its way to one receiver, or what became of it; its id is the webhook-id that the receiver sees."""
+
+    id: str
+    object: Literal["webhook_delivery"] = "webhook_delivery"
+    type: str
+    url: str
+    endpoint: str | None = Field(description="The registered endpoint; null: the URL that the request named.")
+    job: str | None = Field(description="Null in a test.")
+    status: Outcome | Literal["pending"]
+    created_at: datetime
+    ended_at: datetime | None
+    next_attempt_at: datetime | None
+    attempts: list[AttemptView] = Field(description="The latest; an attempt that is under way is not among them.")
+
+
+class TenantQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: TenantName | None = Field(None, description="For admins; your own if absent.")
+
+
+class RotateRequest(BaseModel):
+    """How to change a secret."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap_seconds: float = Field(86400, ge=0, le=7 * 86400, description="How long the one before stays valid.")
+
+
+class SecretView(BaseModel):
+    """What a receiver verifies webhooks with."""
+
+    object: Literal["webhook_secret"] = "webhook_secret"
+    secret: str
+    previous_secret: str | None
+    previous_valid_until: datetime | None

@@ -2,20 +2,22 @@
 
 from datetime import UTC, datetime
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from app.api.auth import require_admin
+from app.api.auth import needs
 from app.api.deps import Deps
 from app.api.schemas import ListResponse, WorkerView
 from app.core import processes
+from app.core.api_keys import Scope
 from app.core.processes import Process
 
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/v1/workers", dependencies=[Depends(require_admin)])
+@router.get("/v1/workers")
+@needs(Scope.ADMIN)
 async def list_workers(deps: Deps) -> ListResponse[WorkerView]:
-    """All live workers, their models and their load; needs the admin key."""
+    """All live workers, their models and their load; needs an admin key."""
     return ListResponse(data=[_view(p) for p in await processes.live(deps.redis) if p.kind == "worker"])
 
 

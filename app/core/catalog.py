@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -11,6 +11,7 @@ from app.core.errors import ConfigError, ModelNotFound
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 MAX_STEPS = 250
+OptionalParam = Literal["negative_prompt", "guidance_scale"]  # what some pipelines have no use for
 
 
 class Defaults(BaseModel):
@@ -41,6 +42,15 @@ class Limits(BaseModel):
     max_guidance: float = Field(30, ge=0)
 
 
+class LoraSpec(BaseModel):
+    """A low-rank adapter of the model: `source` is a safetensors file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Path
+    title: str = ""
+
+
 class ModelSpec(BaseModel):
     """One entry of models.toml; `source` is a diffusers folder, or `hub` a repository at a pinned `revision`."""
 
@@ -58,6 +68,8 @@ class ModelSpec(BaseModel):
     defaults: Defaults
     limits: Limits = Limits()
     schedulers: tuple[str, ...] = Field(min_length=1)
+    accepts: tuple[OptionalParam, ...] = ("negative_prompt", "guidance_scale")
+    loras: dict[ModelName, LoraSpec] = {}
     examples: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -109,6 +121,10 @@ def _spec(name: str, table: dict[str, object], file: Path) -> ModelSpec:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{file}: [models.{name}] {field}: {first['msg']}") from error
-    if spec.source and not spec.source.is_absolute():
-        return spec.model_copy(update={"source": (file.parent / spec.source).resolve()})
-    return spec
+    loras = {n: lora.model_copy(update={"source": _absolute(lora.source, file)}) for n, lora in spec.loras.items()}
+    source = _absolute(spec.source, file) if spec.source else None
+    return spec.model_copy(update={"source": source, "loras": loras})
+
+
+def _absolute(source: Path, file: Path) -> Path:
+    return source if source.is_absolute() else (file.parent / source).resolve()

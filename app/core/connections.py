@@ -1,5 +1,8 @@
 """Redis clients: short timeouts and no automatic retries, because redis-py repeats writes whose reply was lost."""
 
+from typing import Any
+
+import structlog
 from redis import Redis
 from redis.asyncio import BlockingConnectionPool as AsyncBlockingConnectionPool
 from redis.asyncio import Redis as AsyncRedis
@@ -8,6 +11,9 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
+from app.core.errors import ConfigError
+
+log = structlog.get_logger()
 TIMEOUT = 5.0  # seconds a command may take
 POOL = 64
 # A managed Redis' word of its maintenance. With it on, redis-py does not look whether an idle connection is still open,
@@ -42,3 +48,19 @@ def connect_async(url: str, *, timeout: float = TIMEOUT) -> AsyncRedis:
         maint_notifications_config=NO_MAINTENANCE,
     )
     return AsyncRedis.from_pool(pool)  # so that closing the client closes the pool
+
+
+def check_server(redis: Redis) -> None:
+    """Say what a server cannot keep. Raises ConfigError for one that may forget jobs, and what redis-py raises."""
+    # INFO, not CONFIG: managed servers forbid that one.
+    info: Any = redis.info("default")
+    if int(info["redis_version"].partition(".")[0]) < 7:
+        raise ConfigError(f"SAFELIGHT_REDIS_URL: it is Redis {info['redis_version']}; Safelight needs 7.0 or newer")
+    if (policy := info["maxmemory_policy"]) != "noeviction":
+        raise ConfigError(
+            f"SAFELIGHT_REDIS_URL: its maxmemory-policy is {policy}, which throws jobs away; set it to noeviction"
+        )
+    if not info["aof_enabled"]:
+        log.warning(
+            "redis.not_durable", remedy="set appendonly yes and appendfsync always: a crash loses accepted jobs"
+        )

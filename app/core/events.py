@@ -1,69 +1,125 @@
-"""What happens to a job, in order: read it from any point, and hear of more over one Redis connection."""
+"""What happens to jobs, in order: read it from any point, and hear of more.
+
+A process hears over one Redis connection and reads over one, however many streams it serves.
+"""
 
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Final, Protocol
 
 import structlog
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from app.core import redis_keys as keys
 
 log = structlog.get_logger()
 RECONNECT_SECONDS = 0.5
+CHUNK: Final = 100  # events of one read
+READS: Final = 64  # in one round trip
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """One entry of a job's history; `id` is its number from 1, and what Last-Event-ID gives back."""
+    """One entry of a history; `id` is its number from 1, and what Last-Event-ID gives back."""
 
     id: int
     type: str  # status, progress
     data: dict[str, Any]
 
 
-async def read(redis: Redis, job_id: str, after: int) -> list[JobEvent]:
-    """The events of a job after number `after` (0: from its beginning)."""
-    entries: list[Any] = await redis.lrange(keys.EVENTS + job_id, after, -1)
-    return [_event(after + i, entry) for i, entry in enumerate(entries, 1)]
+class Feed(Protocol):
+    """A history that grows; `key` is where it lies, and the channel that says so when it grows."""
+
+    @property
+    def key(self) -> str: ...
+
+    def ask(self, pipeline: Pipeline, after: int) -> None:
+        """Put the question for what came after event `after` into a pipeline."""
+
+    def parse(self, after: int, reply: Any) -> list[JobEvent]:
+        """The events in the reply to that question."""
 
 
-def _event(number: int, entry: str) -> JobEvent:
-    kind, _, data = entry.partition(" ")
-    return JobEvent(number, kind, json.loads(data))
+@dataclass(frozen=True, slots=True)
+class OfJob:
+    """Everything that happens to one job, from its beginning."""
+
+    job_id: str
+
+    @property
+    def key(self) -> str:
+        return keys.EVENTS + self.job_id
+
+    def ask(self, pipeline: Pipeline, after: int) -> None:
+        pipeline.lrange(self.key, after, after + CHUNK - 1)
+
+    def parse(self, after: int, reply: Sequence[str]) -> list[JobEvent]:
+        parts = [entry.partition(" ") for entry in reply]
+        return [JobEvent(number, kind, json.loads(data)) for number, (kind, _, data) in enumerate(parts, after + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class OfTenant:
+    """The statuses of all jobs of a tenant, the latest ten thousand, numbered without gaps."""
+
+    tenant: str
+
+    @property
+    def key(self) -> str:
+        return keys.TENANT_EVENTS + self.tenant
+
+    def ask(self, pipeline: Pipeline, after: int) -> None:
+        pipeline.xrange(self.key, f"(0-{after}", "+", count=CHUNK)
+
+    def parse(self, after: int, reply: Sequence[tuple[str, dict[str, str]]]) -> list[JobEvent]:
+        return [JobEvent(int(entry.partition("-")[2]), "status", _typed(fields)) for entry, fields in reply]
+
+
+def _typed(fields: dict[str, str]) -> dict[str, Any]:
+    return {**fields, "at": int(fields["at"])}
+
+
+async def last_of(redis: Redis, feed: OfTenant) -> int:
+    """The number of a tenant's latest event, 0 where there is none."""
+    found: Any = await redis.xrevrange(feed.key, count=1)
+    return int(found[0][0].partition("-")[2]) if found else 0
 
 
 class Hub:
-    """Wakes everyone who waits for a job when something happens to it; a wake-up is a hint, the list is the truth."""
+    """Wakes everyone who waits for a feed when it grows, and reads for all; a wake-up is only a hint."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._asked = asyncio.Event()
+        self._wanted: dict[tuple[Feed, int], asyncio.Future[list[JobEvent]]] = {}
         self._pubsub = redis.pubsub()
         # Two callers at once would each take a connection for the one pubsub.
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._listen())
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._read_all())]
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._task
+                await task
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     @asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[asyncio.Event]:
-        """An event that is set whenever something happened to the job, and after any (re)connection."""
-        channel, bell = keys.EVENTS + job_id, asyncio.Event()
+    async def watch(self, feed: Feed) -> AsyncIterator[asyncio.Event]:
+        """An event that is set whenever the feed has grown, and after any (re)connection."""
+        channel, bell = feed.key, asyncio.Event()
         self._waiters[channel].add(bell)
         if len(self._waiters[channel]) == 1:
             await self._subscribe(channel)
@@ -75,6 +131,18 @@ class Hub:
                 del self._waiters[channel]
                 # Shielded: a caller that hangs up cancels this too, and the subscription would stay.
                 await asyncio.shield(self._unsubscribe(channel))
+
+    async def read(self, feed: Feed, after: int) -> list[JobEvent]:
+        """The events after number `after` (0: from the beginning), a hundred at most. Raises what redis-py raises.
+
+        Whoever asks the same while nobody has sent the question yet shares its answer.
+        """
+        wanted = self._wanted.get((feed, after))
+        if wanted is None:
+            wanted = self._wanted[feed, after] = asyncio.get_running_loop().create_future()
+            wanted.add_done_callback(_seen)
+            self._asked.set()
+        return await asyncio.shield(wanted)
 
     def ring(self) -> None:
         """Wake everyone, whatever happened."""
@@ -94,6 +162,26 @@ class Hub:
             async with self._lock:
                 if channel not in self._waiters:
                     await self._pubsub.unsubscribe(channel)
+
+    async def _read_all(self) -> None:
+        while True:
+            await self._asked.wait()
+            batch = {asked: self._wanted.pop(asked) for asked in list(islice(self._wanted, READS))}
+            if not self._wanted:
+                self._asked.clear()
+            try:
+                await self._answer(batch)
+            except Exception as error:  # noqa: BLE001  # it is theirs who asked; the reader goes on
+                for wanted in batch.values():
+                    if not wanted.done():
+                        wanted.set_exception(error)
+
+    async def _answer(self, batch: dict[tuple[Feed, int], asyncio.Future[list[JobEvent]]]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for feed, after in batch:
+            feed.ask(pipeline, after)
+        for ((feed, after), wanted), reply in zip(batch.items(), await pipeline.execute(), strict=True):
+            wanted.set_result(feed.parse(after, reply))
 
     async def _listen(self) -> None:
         while True:
@@ -120,3 +208,9 @@ class Hub:
                 # Redis' word that a subscription stands rings too: what came before it was not heard.
                 for bell in self._waiters.get(message["channel"], ()):
                     bell.set()
+
+
+def _seen(wanted: "asyncio.Future[list[JobEvent]]") -> None:
+    # All who asked may be gone: an error that nobody looks at would be logged as one that was forgotten.
+    if not wanted.cancelled():
+        wanted.exception()

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.core.params import GenerationParams
+
+Priority = Literal["high", "normal", "low"]
 
 
 class JobStatus(StrEnum):
@@ -67,15 +69,18 @@ class JobFailure(BaseModel):
     message: str
 
 
+WebhookEvent = Literal["job.processing", "job.succeeded", "job.failed", "job.canceled", "job.expired"]
+TERMINAL_EVENTS: Final[list[WebhookEvent]] = ["job.succeeded", "job.failed", "job.canceled", "job.expired"]
+WebhookEvents = Annotated[list[WebhookEvent], Field(min_length=1, max_length=5)]
+
+
 class Webhook(BaseModel):
     """Where to tell about a job, and of what; terminal events unless `events` says otherwise."""
 
     model_config = ConfigDict(extra="forbid")
 
     url: str = Field(max_length=2048)
-    events: list[Literal["job.processing", "job.succeeded", "job.failed", "job.canceled", "job.expired"]] = Field(
-        default=["job.succeeded", "job.failed", "job.canceled", "job.expired"], min_length=1, max_length=5
-    )
+    events: WebhookEvents = TERMINAL_EVENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class Job:
     started_at: float | None = None
     completed_at: float | None = None
     expires_at: float | None = None
+    deadline_at: float | None = None
     progress: Progress | None = None
     outputs: tuple[Output, ...] = ()
     error: JobFailure | None = None
@@ -102,7 +108,12 @@ class Job:
     webhook: Webhook | None = None
     metadata: Mapping[str, Any] | None = None
     request_id: str | None = None
-    queue_position: int | None = None  # 0: next; known only to those who ask for it
+    queue_position: int | None = None  # 0: next in its lane; known only to those who ask for it
+
+    @property
+    def priority(self) -> Priority:
+        """The lane it was submitted to."""
+        return cast(Priority, self.queue.partition(":")[2] or "normal")
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -133,6 +144,7 @@ def job_from_hash(fields: Mapping[str, str], *, position: int | None = None) -> 
         started_at=_seconds(fields.get("started_at")),
         completed_at=_seconds(fields.get("completed_at")),
         expires_at=_seconds(fields.get("expires_at")),
+        deadline_at=_seconds(fields.get("deadline_at")),
         progress=_parsed(Progress, fields.get("progress")),
         outputs=_OUTPUTS.validate_json(fields.get("outputs", "[]")),
         error=_parsed(JobFailure, fields.get("error")),
@@ -185,6 +197,7 @@ class JobView(BaseModel):
     status: JobStatus
     model: str
     params: GenerationParams
+    priority: Priority
     progress: Progress | None
     queue_position: int | None
     outputs: list[OutputView]
@@ -194,6 +207,7 @@ class JobView(BaseModel):
     started_at: datetime | None
     completed_at: datetime | None
     expires_at: datetime | None
+    deadline_at: datetime | None
     timings: Timings | None
     links: Links
     notice: str | None = None  # what a caller should know, e.g. that no worker serves the model
@@ -207,6 +221,7 @@ def view(job: Job, public_url: str, sign: Callable[[Output], str]) -> JobView:
         status=job.status,
         model=job.params.model,
         params=job.params,
+        priority=job.priority,
         progress=job.progress,
         queue_position=job.queue_position,
         outputs=[OutputView(url=sign(o), **o.model_dump(exclude={"key"})) for o in job.outputs],
@@ -216,6 +231,7 @@ def view(job: Job, public_url: str, sign: Callable[[Output], str]) -> JobView:
         started_at=_time(job.started_at) if job.started_at else None,
         completed_at=_time(job.completed_at) if job.completed_at else None,
         expires_at=_time(job.expires_at) if job.expires_at else None,
+        deadline_at=_time(job.deadline_at) if job.deadline_at else None,
         timings=job.timings,
         links=Links(self=base, events=f"{base}/events", cancel=f"{base}/cancel"),
     )

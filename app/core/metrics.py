@@ -162,12 +162,12 @@ class WorkerMetrics:
             object.__setattr__(self, name, metric)
 
 
-OUTCOMES = ("delivered", "retried", "gone", "refused", "given_up", "unreadable")
+OUTCOMES = ("delivered", "retried", "skipped", "gone", "disabled", "refused", "given_up", "unreadable")
 
 
 @dataclass(frozen=True, slots=True)
 class SenderMetrics:
-    """What the sender counts; outcomes: delivered, retried, gone, refused, given_up, unreadable."""
+    """What the sender counts; outcomes as in `webhooks.Outcome`."""
 
     registry: CollectorRegistry
     webhook_attempts_total: Counter

@@ -9,8 +9,18 @@ from app.core.catalog import MAX_STEPS, Catalog, ModelName, ModelSpec
 from app.core.errors import InvalidParams
 
 MAX_SEED = 2**32 - 1
+MAX_LORAS = 4
 OutputFormat = Literal["png", "jpeg", "webp"]
 Prompt = Annotated[str, StringConstraints(max_length=10_000)]
+
+
+class Lora(BaseModel):
+    """An adapter of the model, and how much of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: ModelName
+    weight: float = Field(1.0, ge=-4, le=4)
 
 
 class GenerationRequest(BaseModel):
@@ -29,6 +39,8 @@ class GenerationRequest(BaseModel):
     num_images: int | None = Field(None, ge=1, le=64)
     scheduler: str | None = Field(None, max_length=64, description="A noise scheduler of the model.")
     output_format: OutputFormat | None = None
+    loras: list[Lora] | None = Field(None, max_length=MAX_LORAS, description="Adapters of the model, one upon another.")
+    reproducible: bool | None = Field(None, description="Bit for bit the same picture whatever else is being made.")
 
 
 class GenerationParams(BaseModel):
@@ -47,6 +59,8 @@ class GenerationParams(BaseModel):
     num_images: int
     scheduler: str
     output_format: OutputFormat
+    loras: tuple[Lora, ...] = ()
+    reproducible: bool = False
 
     def seed_of(self, image: int) -> int:
         """The seed of image `image` (0-based) of the job."""
@@ -59,8 +73,28 @@ def complete(request: GenerationRequest, catalog: Catalog) -> GenerationParams:
     given = {k: v for k, v in request.model_dump(exclude={"model"}).items() if v is not None}
     drawn = {"seed": secrets.randbelow(MAX_SEED + 1), "num_images": 1, "output_format": "png"}
     params = GenerationParams.model_validate({"model": spec.name, **spec.defaults.model_dump(), **drawn, **given})
+    _check_unused(request, spec)
     _check(params, spec)
+    _check_loras(params, spec)
     return params
+
+
+def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
+    """What the model has no use for is refused: a picture must not lie about what it was made from."""
+    if request.negative_prompt and "negative_prompt" not in spec.accepts:
+        raise InvalidParams(f"negative_prompt must be empty: model {spec.name!r} has no use for it")
+    if request.guidance_scale is not None and "guidance_scale" not in spec.accepts:
+        raise InvalidParams(f"guidance_scale must be left out: model {spec.name!r} has no use for it")
+
+
+def _check_loras(params: GenerationParams, spec: ModelSpec) -> None:
+    names = [lora.name for lora in params.loras]
+    for name in names:
+        if name not in spec.loras:
+            there = f"it has {', '.join(spec.loras)}" if spec.loras else "it has none"
+            raise InvalidParams(f"loras: model {spec.name!r} has no adapter {name!r}; {there}")
+    if len(set(names)) < len(names):
+        raise InvalidParams("loras: an adapter may be named once; add its weights up")
 
 
 def _check(params: GenerationParams, spec: ModelSpec) -> None:

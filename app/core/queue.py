@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,13 +12,17 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from app.core import failpoints
 from app.core import redis_keys as keys
-from app.core.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound, QueueUnavailable
-from app.core.job import Job, JobStatus, Webhook, job_from_hash, new_job_id
+from app.core.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound, Overloaded, QueueUnavailable
+from app.core.job import Job, JobStatus, Priority, Webhook, job_from_hash, new_job_id
 from app.core.params import GenerationParams
 
 Jobs = list[Job]
 Texts = list[str]
+FULL: Final = 0.8  # of maxmemory: no new jobs from here on
+EXPIRE_LIMIT: Final = 100  # jobs of one step
+MEMORY_SECONDS: Final = 1.0  # between looks at it
 RQ_FUNCTION: Final = "safelight.job"  # a label for RQ's tools: no worker ever imports it
 
 
@@ -26,6 +31,8 @@ class Submission:
     """What a caller hands in; `request_id` ties the logs of API and worker together."""
 
     params: GenerationParams
+    priority: Priority = "normal"
+    deadline_seconds: float | None = None  # from now on
     webhook: Webhook | None = None
     metadata: Mapping[str, Any] | None = None
     idempotency_key: str | None = None
@@ -47,27 +54,32 @@ class JobQueue:
     def __init__(self, redis: Redis, *, retention_ms: int) -> None:
         self._redis = redis
         self._retention_ms = retention_ms
+        self._is_full, self._looked_at = False, float("-inf")  # Redis' memory, and when we asked (monotonic)
 
     async def submit(self, tenant: str, submission: Submission) -> tuple[Job, bool]:
         """Queue a job; the job, and whether it is new (False: a repeat under the same Idempotency-Key).
 
-        Raises IdempotencyMismatch where the key was used for another request, QueueUnavailable where Redis is away.
+        Raises IdempotencyMismatch where the key was used for another request, QueueUnavailable where Redis is away,
+        Overloaded where it is nearly full.
         """
         job_id = new_job_id()
-        queue = keys.queue_name(submission.params.model)
+        lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority)
         digest = hashlib.sha256(submission.idempotency_key.encode()).hexdigest() if submission.idempotency_key else ""
         async with _reachable():
+            await self._check_memory()
+            failpoints.reach("before_submit")
             outcome, found = await keys.SUBMIT.call(
                 self._redis,
                 job_id,
                 tenant,
-                queue,
+                lane,
                 digest,
                 submission.fingerprint or "-",
                 self._retention_ms,
                 json.dumps(_fields(submission)),
-                *_rq_fields(job_id, queue),
+                *_rq_fields(job_id, lane),
             )
+            failpoints.reach("after_submit", found)
         if outcome == "mismatch":
             raise IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")
         return await self.get(tenant, found), outcome == "created"
@@ -86,6 +98,12 @@ class JobQueue:
         if status is None:
             raise NotFound("there is no such job")
         return await self.get(tenant, job_id)
+
+    async def expire(self) -> "Texts":
+        """End the jobs whose deadline has passed; the model of each that had not ended yet."""
+        async with _reachable():
+            found = await keys.EXPIRE.call(self._redis, EXPIRE_LIMIT, self._retention_ms)
+        return [json.loads(params)["model"] for params in found[1::2]]
 
     async def purge(self, tenant: str, job_id: str) -> None:
         """Forget a finished job's record; its objects are the caller's to remove. Raises NotFound, Conflict."""
@@ -112,15 +130,27 @@ class JobQueue:
         """How many jobs wait in a queue, and since when the oldest does (seconds since the epoch)."""
         async with _reachable():
             pipeline = self._redis.pipeline(transaction=False)
-            pipeline.zcard(keys.WAITING + queue)
-            pipeline.zrange(keys.WAITING + queue, 0, 0, withscores=True)
-            count, oldest = await pipeline.execute()
-        return count, oldest[0][1] / 1e6 if oldest else None
+            for lane in keys.lanes(queue):
+                pipeline.zcard(keys.WAITING + lane)
+                pipeline.zrange(keys.WAITING + lane, 0, 0, withscores=True)
+            found = await pipeline.execute()
+        oldest = [first[0][1] / 1e6 for first in found[1::2] if first]
+        return sum(found[::2]), min(oldest, default=None)
 
     async def ping(self) -> None:
         """Raises QueueUnavailable where Redis does not answer."""
         async with _reachable():
             await self._redis.ping()
+
+    async def _check_memory(self) -> None:
+        """Refuse early, so that the jobs that were accepted have room to end. Raises Overloaded."""
+        now = time.monotonic()
+        if now - self._looked_at > MEMORY_SECONDS:
+            self._looked_at = now
+            memory = await self._redis.info("memory")
+            self._is_full = 0 < memory["maxmemory"] * FULL <= memory["used_memory"]
+        if self._is_full:
+            raise Overloaded("the queue's memory is nearly full; try again later", retry_after=10)
 
     async def _read(self, job_ids: Texts) -> Jobs:
         async with _reachable():
@@ -151,7 +181,10 @@ def _position(cursor: str) -> int:
 
 
 def _fields(submission: Submission) -> dict[str, str]:
-    fields = {"params": submission.params.model_dump_json()}
+    # Without defaults: a worker of the version before can read a job that asks for nothing new.
+    fields = {"params": submission.params.model_dump_json(exclude_defaults=True)}
+    if submission.deadline_seconds:
+        fields["deadline_seconds"] = str(submission.deadline_seconds)
     if submission.webhook:
         fields["webhook_url"] = submission.webhook.url
         fields["webhook_events"] = ",".join(submission.webhook.events)

@@ -1,4 +1,7 @@
-"""Retention: what is past its time goes, first a job's objects, then its record, so that no object is left unnamed."""
+"""Retention: what is past its time goes, first a job's objects, then its record, so that no object is left unnamed.
+
+And what an attempt stored that never committed goes, an hour after it ended: its worker meant to, and may have died.
+"""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +10,7 @@ from typing import Any, Final
 from redis import Redis
 
 from app.core import redis_keys as keys
-from app.core.storage import Storage, job_prefix
+from app.core.storage import Storage, attempt_prefix, job_prefix
 
 BATCH: Final = 64  # jobs, deleted THREADS at a time
 THREADS: Final = 8  # a bucket answers in tens of milliseconds, mostly spent waiting
@@ -22,15 +25,25 @@ def sweep(redis: Redis, storage: Storage) -> int:
     """
     began, swept = time.monotonic(), 0
     while time.monotonic() - began < SECONDS and (due := _due(redis)):
-        with ThreadPoolExecutor(THREADS) as pool:
+        pool = ThreadPoolExecutor(THREADS)
+        try:
             for job_id, _ in zip(due, pool.map(storage.delete_prefix, map(job_prefix, due)), strict=True):
                 swept += keys.PURGE.run(redis, job_id)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a store that fails or hangs is not asked for the rest of a batch
+    _sweep_abandoned(redis, storage)
     return swept
 
 
-def _due(redis: Redis) -> list[str]:
+def _sweep_abandoned(redis: Redis, storage: Storage) -> None:
+    for entry in _due(redis, keys.ABANDONED):
+        job_id, _, fence = entry.partition("/")
+        if redis.hget(keys.JOB + job_id, "committed") != fence:
+            storage.delete_prefix(attempt_prefix(job_id, int(fence)))
+        redis.zrem(keys.ABANDONED, entry)
+
+
+def _due(redis: Redis, index: str = keys.RETENTION) -> list[str]:
     seconds, micros = redis.time()
-    found: Any = redis.zrange(
-        keys.RETENTION, "-inf", seconds * 1000 + micros // 1000, byscore=True, offset=0, num=BATCH
-    )
+    found: Any = redis.zrange(index, "-inf", seconds * 1000 + micros // 1000, byscore=True, offset=0, num=BATCH)
     return list(found)

@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     metrics_port: int = Field(0, ge=0, le=65535)
     log_format: Literal["auto", "json", "console"] = "auto"
+    failpoints: str = Field("", description="for tests, see core/failpoints.py; leave it unset")
     url: Annotated[str, AfterValidator(_is_url)] = Field(
         "http://127.0.0.1:8000", description="the service the CLI asks"
     )

@@ -71,6 +71,11 @@ def job_prefix(job_id: str) -> str:
     return f"jobs/{job_id}"
 
 
+def attempt_prefix(job_id: str, attempt: int) -> str:
+    """What the keys of one attempt begin with."""
+    return f"jobs/{job_id}/{attempt}"
+
+
 def is_key(text: str) -> bool:
     """Whether `text` has exactly the form that `object_key` gives; anything else names no object of ours."""
     return _KEY.fullmatch(text) is not None
@@ -158,12 +163,18 @@ class BucketStorage(Storage):
     def __init__(self, store: BucketStore, public: BucketStore) -> None:
         super().__init__(store)
         self._public = public
+        self._etag_is_md5 = isinstance(store, S3Store)  # of the others none promises what its ETag is
 
     def put(self, key: str, body: bytes, content_type: str) -> None:
         with _store_errors(_unavailable()):  # S3 says 404 to a put into a bucket that does not exist
             attributes = {"Content-Type": content_type}
-            self._store.put(_known(key), body, attributes=attributes, use_multipart=False)
+            put = self._store.put(_known(key), body, attributes=attributes, use_multipart=False)
             _check_size(key, self._store.head(key)["size"], len(body))
+            if self._etag_is_md5 and (put["e_tag"] or "").strip('"') != _md5(body):
+                # Where the store encrypts with a key of its own an ETag is something else: then what is stored decides,
+                # this once.
+                _check_bytes(key, bytes(self._store.get(key).bytes()), body)
+                self._etag_is_md5 = False
 
     def sign(self, key: str, expires_seconds: int) -> str:
         """Sign with our own credentials, on this machine (short-lived ones are fetched anew once they have expired)."""
@@ -358,6 +369,15 @@ def _known_prefix(prefix: str) -> str:
 def _check_size(key: str, stored: int, sent: int) -> None:
     if stored != sent:
         raise StorageUnavailable(f"The object store kept {stored} of the {sent} bytes of {key}; try again later.")
+
+
+def _check_bytes(key: str, stored: bytes, sent: bytes) -> None:
+    if stored != sent:
+        raise StorageUnavailable(f"The object store kept other bytes than those of {key}; try again later.")
+
+
+def _md5(body: bytes) -> str:
+    return hashlib.md5(body, usedforsecurity=False).hexdigest()
 
 
 def _stored(meta: "ObjectMeta") -> StoredObject:

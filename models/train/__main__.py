@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from models.train.sources import Emoji, emojis
 from models.train.timing import timing
 
 ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "models" / "emoji"
 # How many steps the published weights had: where the learning rate would be zero, and where training ended.
-STEPS = {"autoencoder": 3800, "decoder": 1000, "denoiser": 6500, "lora": 500}
+STEPS = {"autoencoder": 3800, "decoder": 1000, "denoiser": 5000, "lora": 500}
 UNTIL = STEPS | {"autoencoder": 2700}
 SMOKE = 50  # steps of each part in a trial of the whole way
-ALL = ("fetch", "autoencoder", "decoder", "denoiser", "lora", "export", "evaluate")
+TRIAL = ("fetch", "autoencoder", "decoder", "denoiser", "lora", "export")
+ALL = (*TRIAL, "evaluate", "timing")
 
 
 def main() -> None:
@@ -25,13 +28,14 @@ def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
     print(f"seeds: pictures {pictures.SEED}; weights 0; step n of a training draws from seed n; {torch.__version__}")
-    for part in ALL if options.part == "all" else (options.part,):
+    every = TRIAL if options.smoke else ALL
+    for part in every if options.part == "all" else (options.part,):
         print(f"{part}: {run(part, options)}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
-    parser.add_argument("part", choices=("all", *ALL, "timing"))
+    parser.add_argument("part", choices=("all", *ALL))
     parser.add_argument("--work", type=Path, default=ROOT / "var" / "train", help="packages, checkpoints, sheets")
     parser.add_argument("--target", type=Path, help="the model's folder; models/emoji, in a trial WORK/emoji")
     parser.add_argument("--steps", type=int, help=f"of a training, after which its rate is zero; {STEPS}")
@@ -47,17 +51,27 @@ def _parser() -> argparse.ArgumentParser:
 def run(part: str, options: argparse.Namespace) -> str:
     """Run one part; what is to be said of it."""
     work: Path = options.work
-    target = options.target or (work / "emoji" if options.smoke else ROOT / "models" / "emoji")
+    target = options.target or (work / "emoji" if options.smoke else BUNDLED)
     if part == "timing":
         return json.dumps(timing(target), indent=1)
     if part == "evaluate":
-        return json.dumps(evaluate(target, pictures.keep(emojis(work / "npm")), work / "evaluation"), indent=1)
+        figures = evaluate(target, pictures.keep(emojis(work / "npm")), work / "evaluation")
+        if target == BUNDLED:
+            _publish(work / "evaluation")
+        return json.dumps(figures, indent=1)
     kept, pool = pictures.pool(work)
     if part in STEPS:
         return _train(part, kept, pool, options)
     if part == "export":
         return f"{export(work, kept, pool, target) / 1e6:.2f} MB of weights in {target}"
     return f"{len(kept)} concepts, {len(pool.images)} pictures"
+
+
+def _publish(sheets: Path) -> None:
+    """Put the README's picture and the tests' references where they are committed."""
+    for sheet, home in (("gallery.png", "docs/images/emoji.png"), ("references.webp", "tests/models/references.webp")):
+        (ROOT / home).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sheets / sheet, ROOT / home)
 
 
 def _train(part: str, kept: list[Emoji], pool: pictures.Pool, options: argparse.Namespace) -> str:

@@ -82,7 +82,7 @@ def _fit(vae: AutoencoderKL, checkpoint: Checkpoint, pool: Pool, steps: int, unt
 
 
 def load(work: Path) -> AutoencoderKL:
-    """The trained autoencoder of `work`, its running averages, in fp32 on the CPU; the refined decoder if there is one."""
+    """The trained autoencoder of `work`, fp32, on the CPU: its running averages, with the decoder as refined so far."""
     vae = _load_whole(work)
     if (work / "decoder.pt").exists():
         averages = torch.load(work / "decoder.pt", weights_only=True)["averages"]

@@ -107,7 +107,7 @@ it is or mirrored. `python -m models.train evaluate` measures it again.
 {_table(("adapter", *STATISTICS), adapters, STATISTICS)}
 
 Brightness is the whole picture's (of 255), saturation the object's (of 1), shading the share of the object's
-neighbouring pixels that differ by 2 to 16 of 255."""
+neighbouring pixels, at half the size, that differ by 5 to 24 of 255."""
     ]
 
 

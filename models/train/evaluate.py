@@ -29,8 +29,9 @@ Figures = dict[str, Any]
 
 @dataclass(eq=False)
 class Studio:
-    """The exported pipeline, the concepts it knows, and where its sheets are written."""
+    """The exported folder's pipeline, the concepts it knows, and where its sheets are written."""
 
+    target: Path
     pipe: StableDiffusionPipeline
     kept: Sequence[Emoji]
     judge: Judge
@@ -60,7 +61,7 @@ def open_studio(target: Path, kept: Sequence[Emoji], folder: Path) -> Studio:
         library.utils.logging.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(target, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return Studio(pipe, kept, Judge(judge.references(judge.originals(kept))), folder)
+    return Studio(target, pipe, kept, Judge(judge.references(judge.originals(kept))), folder)
 
 
 def evaluate(target: Path, kept: list[Emoji], folder: Path) -> Figures:
@@ -136,6 +137,7 @@ def sheet(studio: Studio) -> Figures:
     contact_sheet(studio.folder / "sheet.png", side_by_side(*each), 8, prompts.SHEET)
     values = np.stack(each).astype(np.float32)
     apart = np.mean([np.abs(values[a] - values[b]).mean((1, 2, 3)) for a, b in ((0, 1), (0, 2), (1, 2))], axis=0)
+    judge.write_tiles(studio.folder / "references.webp", studio.kept)
     contact_sheet(studio.folder / "gallery.png", studio.paint(prompts.GALLERY, range(len(prompts.GALLERY))), 10)
     return {"seeds": {"mean_difference": round(float(apart.mean()), 2), "least": round(float(apart.min()), 2)}}
 
@@ -214,11 +216,12 @@ def brightness(pictures: Picture) -> float:
 
 
 def shading(pictures: Picture) -> float:
-    """The share of the object's neighbouring pixels that differ a little (2 to 16 of 255): shades, not flat areas."""
-    values = pictures.astype(np.int16)
-    inside = np.stack([judge.object_mask(p) for p in pictures])
-    step = np.abs(values[:, :, 1:] - values[:, :, :-1]).max(-1)
-    return share(((step >= 2) & (step <= 16))[inside[:, :, 1:] & inside[:, :, :-1]])
+    """The share of the object's neighbouring pixels, at half the size, that differ by 5 to 24 of 255: shades."""
+    count, side = len(pictures), pictures.shape[1] // 2
+    halved = pictures.reshape(count, side, 2, side, 2, 3).mean((2, 4))
+    inside = np.stack([judge.object_mask(p.astype(np.uint8)) for p in halved])
+    step = np.abs(halved[:, :, 1:] - halved[:, :, :-1]).max(-1)
+    return share(((step >= 5) & (step <= 24))[inside[:, :, 1:] & inside[:, :, :-1]])
 
 
 STATISTICS: dict[str, Callable[[Picture], float]] = {
@@ -234,9 +237,8 @@ def adapters(studio: Studio) -> Figures:
     asked = [name(studio.kept[i]) for i in chosen]
     figures: Figures = {}
     for style in ADAPTERS:
-        studio.pipe.load_lora_weights(
-            studio.pipe.config._name_or_path + "/loras", weight_name=f"{style}.safetensors", adapter_name=style
-        )
+        file = f"{style}.safetensors"
+        studio.pipe.load_lora_weights(studio.target / "loras", weight_name=file, adapter_name=style)
         each = []
         for weight in (0.0, 0.5, 1.0):
             studio.pipe.set_adapters(style, weight)

@@ -37,6 +37,8 @@ def test_a_submitted_job_is_queued_complete_and_has_absolute_links(client, api):
         "num_images": 1,
         "scheduler": "ddim",
         "output_format": "png",
+        "loras": [],
+        "reproducible": False,
     }
     assert client.get(job["links"]["self"]).json() == job
 

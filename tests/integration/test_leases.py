@@ -5,8 +5,10 @@ import time
 
 import pytest
 
+from app.core import failpoints
 from app.core import redis_keys as keys
 from app.core.connections import connect, connect_async
+from app.core.errors import Overloaded
 from app.core.job import JobStatus, Webhook
 from app.core.params import GenerationParams
 from app.core.queue import JobQueue, Submission
@@ -65,6 +67,12 @@ def redis(redis_url):
     client = connect(redis_url)
     yield client
     client.close()
+
+
+@pytest.fixture(autouse=True)
+def _disarmed():
+    yield
+    failpoints.disarm()
 
 
 @pytest.fixture
@@ -212,12 +220,94 @@ def test_while_one_worker_empties_itself_the_others_go_on(callers, leases, brief
     assert neighbour.claim(QUEUE, is_idle=False).id == other
 
 
-def test_a_job_that_dies_alone_is_poison(callers, brief, redis):
+def test_a_job_that_dies_alone_twice_is_poison(callers, brief, redis):
     job_id = callers.submit()
-    fates = [die(redis, brief)[1][job_id] for _ in range(3)]
+    fates = [die(redis, brief)[1][job_id] for _ in range(4)]
     job = callers.get(job_id)
-    assert fates == ["requeued", "alone", "poison"]
-    assert (job.status, job.error.code, job.deaths) == (JobStatus.FAILED, "poison", 3)
+    assert fates == ["requeued", "alone", "alone", "poison"]
+    assert (job.status, job.error.code, job.deaths) == (JobStatus.FAILED, "poison", 4)
+
+
+def test_a_worker_taken_for_dead_that_beats_again_takes_the_death_back(callers, leases, brief, redis):
+    job_id = callers.submit()
+    stalled, _ = die(redis, brief)
+    assert callers.get(job_id).deaths == 1
+    assert brief.beat([Beat(stalled.id, stalled.fence)]) == [job_id]
+    assert brief.beat([Beat(stalled.id, stalled.fence)]) == [job_id]
+    assert callers.get(job_id).deaths == 0
+
+
+def test_a_claim_whose_reply_was_lost_gives_the_same_job_again(callers, leases):
+    first, second = callers.submit(), callers.submit()
+    failpoints.arm("after_claim=disconnect")
+    with pytest.raises(ConnectionError):
+        leases.claim(QUEUE, is_idle=False)
+    assert [leases.claim(QUEUE, is_idle=False).id for _ in range(2)] == [first, second]
+    assert (callers.get(first).fence, callers.get(first).tries) == (1, 1)
+
+
+def test_a_job_that_was_cancelled_while_the_reply_of_its_claim_was_lost_is_not_given(callers, leases):
+    cancelled, other = callers.submit(), callers.submit()
+    failpoints.arm("after_claim=disconnect")
+    with pytest.raises(ConnectionError):
+        leases.claim(QUEUE, is_idle=False)
+    callers.cancel(cancelled)
+    assert leases.claim(QUEUE, is_idle=False).id == other
+
+
+def test_of_thirteen_jobs_nine_are_high_three_normal_and_one_low(callers, leases):
+    kinds = {callers.submit(priority=p): p for p in ("low", "normal", "high") for _ in range(13)}
+    popped = [kinds[leases.claim(QUEUE, is_idle=False).id] for _ in range(39)]
+    assert [popped[:13].count(p) for p in ("high", "normal", "low")] == [9, 3, 1]
+    assert leases.claim(QUEUE, is_idle=False) is Turn.NOTHING
+
+
+def test_a_job_of_another_lane_keeps_it_when_it_is_handed_back(callers, leases):
+    job_id = callers.submit(priority="high")
+    leases.release(leases.claim(QUEUE, is_idle=False))
+    assert callers.get(job_id).priority == "high"
+    assert leases.claim(QUEUE, is_idle=False).id == job_id
+
+
+def test_a_job_behind_thousands_of_cancelled_ones_is_found_without_a_pause(callers, leases, redis):
+    for i in range(2500):
+        redis.rpush(f"rq:queue:{QUEUE}", f"job_gone{i}")
+    job_id = callers.submit()
+    turns = [leases.claim(QUEUE, is_idle=False) for _ in range(3)]
+    assert turns[:2] == [Turn.AGAIN, Turn.AGAIN]
+    assert turns[2].id == job_id
+
+
+def test_a_job_whose_id_somebody_took_out_of_rqs_list_is_put_back(callers, leases, redis):
+    lost, _other = callers.submit(), callers.submit()
+    redis.lrem(f"rq:queue:{QUEUE}", 0, lost)
+    assert leases.audit(QUEUE) == [lost]
+    assert leases.audit(QUEUE) == []
+    assert leases.claim(QUEUE, is_idle=False).id == lost
+
+
+def test_a_running_job_whose_lease_is_gone_is_found(callers, leases, redis):
+    job_id = callers.submit()
+    leases.claim(QUEUE, is_idle=False)
+    redis.delete(keys.LEASES)
+    assert leases.audit(QUEUE) == [job_id]
+    time.sleep(0.005)
+    assert leases.reap() == {job_id: "requeued"}
+
+
+def test_a_full_redis_refuses_new_jobs_and_lets_those_it_has_end(callers, leases, redis):
+    job_id = callers.submit(webhook=Webhook(url="https://example.org/hook"))
+    claim = leases.claim(QUEUE, is_idle=False)
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Overloaded):
+            callers.submit()
+        assert leases.beat([Beat(claim.id, claim.fence, '{"phase":"denoising","step":1,"steps":4}')]) == []
+        assert leases.commit(claim, JobStatus.SUCCEEDED, {"outputs": []})
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert callers.get(job_id).status is JobStatus.SUCCEEDED
+    assert redis.zcard(keys.OUTBOX) == 1
 
 
 def test_jobs_come_back_when_somebody_empties_rqs_list(callers, leases, redis):
@@ -231,6 +321,23 @@ def test_a_record_that_cannot_be_read_is_claimed_without_a_job(callers, leases, 
     redis.hset(keys.JOB + job_id, "params", '{"from": "another version"}')
     claim = leases.claim(QUEUE, is_idle=False)
     assert claim.job is None
+    assert leases.commit(claim, JobStatus.FAILED, {"error": {"code": "x", "message": "y"}})
+
+
+def test_a_job_that_one_version_cannot_read_is_left_to_others_behind_the_rest_and_keeps_its_tries(
+    callers, leases, redis
+):
+    unread, other = callers.submit(), callers.submit()
+    assert leases.pass_on(leases.claim(QUEUE, is_idle=False))
+    assert [leases.claim(QUEUE, is_idle=False).id for _ in range(2)] == [other, unread]
+    assert (callers.get(unread).tries, callers.get(unread).deaths) == (1, 0)
+
+
+def test_a_job_that_nobody_could_read_for_minutes_stays_in_the_hands_of_who_tries_last(callers, leases, redis):
+    job_id = callers.submit()
+    redis.hset(keys.JOB + job_id, "unread_since", redis.time()[0] * 1000 - 301_000)
+    claim = leases.claim(QUEUE, is_idle=False)
+    assert not leases.pass_on(claim)
     assert leases.commit(claim, JobStatus.FAILED, {"error": {"code": "x", "message": "y"}})
 
 

@@ -30,7 +30,9 @@ def finish(redis, storage, job_id, retention_ms=0):
 
 
 def keys_left(redis):
-    return {key for key in redis.scan_iter("*") if key not in (keys.CLOCK, f"{keys.RQ}queues")}
+    # The tenant's events are bounded by their number.
+    kept = (keys.CLOCK, f"{keys.RQ}queues", f"{keys.TENANT_EVENTS}default")
+    return {key for key in redis.scan_iter("*") if key not in kept}
 
 
 def test_what_is_past_its_time_goes_with_its_objects_and_leaves_nothing(redis, storage):

@@ -8,12 +8,14 @@ from collections.abc import Callable
 GAIN = 1.05  # a doubling of the rows that brings less than this brings nothing
 REPEATS = 3
 SLOW_SECONDS = 0.5  # a forward as long as this is measured once: a start must not take minutes
+WEIGHT = 0.03  # of one forward of real work against what is known
 Curve = dict[int, float]  # rows -> seconds of one forward
 
 
 def measure(forward: Callable[[int], float | None], rows: int, most: int) -> Curve:
     """Time forwards of 1, 2, 4, ... calls of `rows` rows until `most` rows, or until two doublings brought nothing.
 
+    Then halve the step before the knee until it is an eighth of it: 8 rows are no quicker than 6, and everyone waits.
     `forward(copies)` returns the seconds it took, or None where it does not fit into memory.
     """
     curve: Curve = {}
@@ -27,7 +29,20 @@ def measure(forward: Callable[[int], float | None], rows: int, most: int) -> Cur
         curve[copies * rows] = seconds
         idle = idle + 1 if copies * rows / seconds < GAIN * best else 0
         copies *= 2
+    while curve and (copies := _before_knee(curve, rows)):
+        seconds = _quickest(forward, copies)
+        if seconds is None:
+            break
+        curve[copies * rows] = seconds
     return curve
+
+
+def _before_knee(curve: Curve, rows: int) -> int:
+    """Calls half-way between the knee and what was measured below it; 0 if that is near enough."""
+    found = knee(curve)
+    below = max((n for n in curve if n < found), default=found)
+    middle = (below + found) // 2 // rows
+    return middle if found - below > max(found // 8, rows) and below < middle * rows < found else 0
 
 
 def _quickest(forward: Callable[[int], float | None], copies: int) -> float | None:
@@ -37,6 +52,24 @@ def _quickest(forward: Callable[[int], float | None], copies: int) -> float | No
         return first
     again = [forward(copies) for _ in range(REPEATS)]
     return None if None in again else min(t for t in again if t is not None)
+
+
+def refine(curve: Curve, rows: int, seconds: float) -> None:
+    """Let a forward of real work move the curve a little; one that was held up by others moves it no more."""
+    if rows in curve:
+        seconds = curve[rows] + WEIGHT * (min(seconds, 2 * curve[rows]) - curve[rows])
+    curve[rows] = seconds
+
+
+def predict(curve: Curve, rows: int) -> float:
+    """Seconds of a forward of `rows` rows, between and beyond those measured."""
+    below = max((n for n in curve if n <= rows), default=None)
+    above = min((n for n in curve if n >= rows), default=None)
+    if below is None or above is None:
+        nearest = below or above or rows
+        return curve[nearest] * max(rows / nearest, 1.0)
+    part = (rows - below) / max(above - below, 1)
+    return curve[below] + part * (curve[above] - curve[below])
 
 
 def knee(curve: Curve) -> int:

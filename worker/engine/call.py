@@ -7,7 +7,7 @@ into, and everything else has to be equal; calls for which it is not belong to d
 import copy
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """`key` is equal for calls that may share a forward; `passed` counts the forwards that went ahead of it."""
+    """`key` is equal for calls that may share a forward."""
 
     run: Run
     name: str
@@ -53,7 +53,6 @@ class Call:
     kwargs: dict[str, Any]
     layout: Rows
     key: Hashable
-    passed: int = 0
 
     @property
     def rows(self) -> int:
@@ -77,7 +76,9 @@ def park(run: Run, name: str, target: Target, kwargs: dict[str, Any]) -> Call:
     kwargs = {k: expand(k, v, rows.count) for k, v in kwargs.items()}
     # What a forward pads by the longest of its rows would change a reproducible run's bits with its company.
     ragged = frozenset[str]() if run.reproducible else target.ragged
-    return Call(run, name, target, kwargs, rows, (name, signature(kwargs, rows, ragged=ragged)))
+    # The sum over a taller stack is rounded otherwise, so a reproducible run's company has stacks as tall as its own.
+    stack = len(run.adapters) if run.reproducible and target.adapters else 0
+    return Call(run, name, target, kwargs, rows, (name, stack, signature(kwargs, rows, ragged=ragged)))
 
 
 def fill_up(kwargs: dict[str, Any], text: str, mask: str) -> dict[str, Any]:
@@ -182,6 +183,42 @@ def _merge(values: list[Any], rows: list[Rows], padding: int, name: str = "") ->
         return [element for value in values for element in value] + [values[-1][-1]] * padding
     if isinstance(first, list | tuple):
         return _like(first, [_merge(list(column), rows, padding, name) for column in zip(*values, strict=True)])
+    return first
+
+
+def part(call: Call, start: int, stop: int) -> Call:
+    """The call for some of its rows."""
+    kwargs = _part(call.kwargs, call.layout, slice(start, stop))
+    layout = replace(call.layout, count=stop - start)
+    return Call(call.run, call.name, call.target, kwargs, layout, call.key)
+
+
+def _part(value: Any, rows: Rows, taken: slice, name: str = "") -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[taken] if _is_per_row(value, rows, name) else value
+    if isinstance(value, dict):
+        return {k: _part(v, rows, taken, k) for k, v in value.items()}
+    if _is_row_list(value, rows, name):
+        return value[taken]
+    return _like(value, [_part(v, rows, taken, name) for v in value]) if isinstance(value, list | tuple) else value
+
+
+def join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The output of a call from those of its parts, whose rows are `sizes`: what `split` would have cut."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(outputs)) if first.ndim and first.shape[0] == sizes[0] else first
+    if isinstance(first, dict):
+        return type(first)(**{k: join([output[k] for output in outputs], sizes) for k in first})
+    if isinstance(first, list) and len(first) == sizes[0] and sum(map(len, outputs)) == sum(sizes):
+        return [element for output in outputs for element in output]
+    if isinstance(first, list | tuple):
+        return _like(first, [join(column, sizes) for column in zip(*outputs, strict=True)])
+    if hasattr(first, "__dict__") and not isinstance(first, torch.nn.Module | type):
+        whole = copy.copy(first)
+        for name in vars(first):
+            object.__setattr__(whole, name, join([vars(output)[name] for output in outputs], sizes))
+        return whole
     return first
 
 

@@ -4,6 +4,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,9 +13,11 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from app.core.errors import GenerationFailed, OutOfMemory, SafelightError
-from worker.engine.batcher import Batcher
-from worker.engine.calibrate import Curve, knee, measure
-from worker.engine.call import Call, merge, park, split
+from worker.engine.batcher import Batcher, Shape
+from worker.engine.calibrate import measure
+from worker.engine.call import Call, join, merge, park, part, split
+from worker.engine.encodings import Encodings, copied, key_of
+from worker.engine.faults import DeviceLost, is_device_lost, is_out_of_memory
 from worker.engine.intercept import intercept
 from worker.engine.run import Aborted, Run
 from worker.engine.target import Target
@@ -34,11 +37,6 @@ class Failed:
     """The outcome of a call whose forward raised `error`."""
 
     error: Exception
-
-    @property
-    def is_out_of_memory(self) -> bool:
-        # The CPU's allocator raises a plain RuntimeError.
-        return isinstance(self.error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(self.error)
 
 
 class Silent:
@@ -60,15 +58,19 @@ class Engine:
         *,
         max_batch: int | None = None,
         bucket: int = BUCKET_ROWS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runs: dict[str, Run] = {}
-        self.curves: dict[tuple[str, tuple[int, ...]], Curve] = {}
         self.batcher = Batcher(bucket=bucket, max_batch=max_batch)
+        self.encodings = Encodings()
         self._observer = observer or Silent()
+        self._clock = clock
         self._new: deque[Run] = deque()
         self._parked: list[Call] = []
         self._current: Run | None = None  # the run whose code is being executed
         self._added = 0
+        self._calibrated: set[Shape] = set()
+        self._is_lost = False
         self._undo = [intercept(t, self._is_run, partial(self._park, name, t)) for name, t in targets.items()]
 
     @property
@@ -80,6 +82,7 @@ class Engine:
         if run.id in self.runs:
             raise ValueError(f"run {run.id!r} is in flight already")
         run.order, self._added = self._added, self._added + 1
+        run.arrived = self._clock()
         self.runs[run.id] = run
         self._new.append(run)
 
@@ -88,8 +91,9 @@ class Engine:
         run = self.runs.pop(run_id, None)
         if run is None:
             return False
-        if run.greenlet is None:
-            self._new.remove(run)
+        if run.greenlet is None or self._is_lost:
+            self._new = deque(new for new in self._new if new is not run)
+            self._parked = [call for call in self._parked if call.run is not run]
             run.error, run.is_finished = Aborted(), True
             return True
         with torch.inference_mode():
@@ -99,29 +103,38 @@ class Engine:
         return True
 
     def step(self) -> list[Run]:
-        """Start what is new, do one forward, and let the runs it was for go on. Returns the runs that finished."""
+        """Start what is new, do one forward, and let the runs it was for go on. Returns the runs that finished.
+
+        Raises DeviceLost, after which only `abort` and `close` are of use.
+        """
         # Around everything, because grad mode is a matter of the thread and not of the greenlet: a pipeline's own
         # no_grad, entered in one run and left in another, would switch it on for a third.
-        with torch.inference_mode():
-            finished = self._start()
-            if self._parked:
-                batch = self.batcher.choose(self._parked)
-                taken = set(batch)
-                self._parked = [call for call in self._parked if call not in taken]
-                finished += self._settle(batch, self._compute(batch))
+        try:
+            with torch.inference_mode():
+                finished = self._start()
+                if self._parked:
+                    finished += self._forward()
+        except DeviceLost:
+            self._is_lost = True
+            raise
         for run in finished:
             del self.runs[run.id]
         return finished
 
+    def _forward(self) -> list[Run]:
+        batch = self.batcher.choose(self._parked)
+        taken = set(batch)
+        self._parked = [call for call in self._parked if call not in taken]
+        return self._settle(batch, self._encode(batch) if batch[0].target.is_encoder else self._compute(batch))
+
     def calibrate(self, most: int = CALIBRATED_ROWS) -> None:
         """Measure each parked call whose module and shape was not measured yet, up to `most` rows; set its cap."""
         for call in self._parked:
-            if (call.name, call.shape) not in self.curves:
+            shape = (call.name, call.shape)
+            if shape not in self._calibrated:
                 with torch.inference_mode():
-                    curve = measure(partial(self._seconds, call), call.rows, most)
-                self.curves[call.name, call.shape] = curve
-                if curve:
-                    self.batcher.caps[call.name, call.shape] = knee(curve)
+                    self.batcher.learn(shape, measure(partial(self._seconds, call), call.rows, most))
+                self._calibrated.add(shape)
 
     def close(self) -> None:
         """Abort all runs and give the modules their methods back."""
@@ -151,7 +164,12 @@ class Engine:
         """Called in a run's greenlet: hand the call to the loop, and come back with its result."""
         run = self._current
         assert run is not None
-        return run.greenlet.parent.switch(park(run, name, target, kwargs))
+        call = park(run, name, target, kwargs)
+        known = self.encodings.get(key_of(call))
+        if known is not None:
+            run.phase = target.phase
+            return known
+        return run.greenlet.parent.switch(call)
 
     def _resume(self, run: Run, resume: Callable[[], Any]) -> bool:
         """Let a run go on, to its next call or to its end; whether it ended."""
@@ -168,31 +186,50 @@ class Engine:
 
     # Compute: one forward, and what to do when it fails.
 
+    def _encode(self, batch: Sequence[Call]) -> list[Any]:
+        """As `_compute`, where calls of equal content are computed once, and kept."""
+        keys = [key_of(call) or id(call) for call in batch]
+        outcomes = {key: self.encodings.get(key) for key in keys}
+        missing = {key: call for key, call in zip(keys, batch, strict=True) if outcomes[key] is None}
+        if missing:
+            outcomes |= zip(missing, self._compute(list(missing.values())), strict=True)
+        for key, call in missing.items():
+            if not isinstance(outcomes[key], Failed):
+                self.encodings.put(key_of(call), outcomes[key])
+        return [o if isinstance(o, Failed) else copied(o) for o in (outcomes[key] for key in keys)]
+
     def _compute(self, batch: Sequence[Call]) -> list[Any]:
         """The result of each call, or Failed: a fault stays with the call that caused it."""
         padding = self.batcher.padding(batch)
+        if len(batch) == 1 and not padding and batch[0].rows > self._most_rows(batch[0]):
+            return [self._in_parts(batch[0])]
         try:
             results, seconds = _execute(batch, padding)
-        except Exception as error:  # noqa: BLE001  # it becomes the error of the run that caused it
+        except Exception as error:
+            if is_device_lost(error):
+                raise DeviceLost(str(error)) from error
             traceback.clear_frames(error.__traceback__)  # its frames hold the tensors that did not fit
             failed = Failed(error)
         else:
-            self._account(batch, seconds)
+            self._account(batch, padding, seconds)
             return results
-        if len(batch) == 1:
+        fits_in_parts = is_out_of_memory(failed.error) and batch[0].rows > 1 and not batch[0].run.reproducible
+        if len(batch) == 1 and not fits_in_parts:
             return [failed]
-        if not failed.is_out_of_memory:
+        if not is_out_of_memory(failed.error):
             return self._each_alone(batch)
         self._shrink(batch)
+        if len(batch) == 1:
+            return [self._in_parts(batch[0])]
         half = len(batch) // 2
         return self._compute(batch[:half]) + self._compute(batch[half:])
 
-    def _account(self, batch: Sequence[Call], seconds: float) -> None:
+    def _account(self, batch: Sequence[Call], padding: int, seconds: float) -> None:
         """Say what a forward took, and charge its runs for it."""
         first, rows = batch[0], sum(call.rows for call in batch)
         for call in batch if first.is_denoiser else ():
             call.run.seconds += seconds * call.rows / rows
-        self.batcher.spent(seconds, is_denoiser=first.is_denoiser)
+        self.batcher.spent(batch, rows + padding, seconds)
         self._observer.forward(first.name, rows, len(batch), seconds)
 
     def _each_alone(self, batch: Sequence[Call]) -> list[Any]:
@@ -201,10 +238,22 @@ class Engine:
             self.batcher.solitary.add(batch[0].key)  # the merge was at fault: not again for this key
         return outcomes
 
+    def _most_rows(self, call: Call) -> int:
+        """Rows that memory is known to hold; what is one computation to a reproducible run stays one."""
+        return call.rows if call.run.reproducible else self.batcher.limits.get((call.name, call.shape), call.rows)
+
+    def _in_parts(self, call: Call) -> Any:
+        """The result of a call whose rows do not fit at once, from two forwards, or Failed."""
+        half = (call.rows + 1) // 2
+        parts = [part(call, 0, half), part(call, half, call.rows)]
+        outcomes = [self._compute([p])[0] for p in parts]
+        failed = next((o for o in outcomes if isinstance(o, Failed)), None)
+        return failed or join(outcomes, [p.rows for p in parts])
+
     def _shrink(self, batch: Sequence[Call]) -> None:
         """Remember that this many rows do not fit."""
         rows = sum(call.rows for call in batch)
-        self.batcher.caps[batch[0].name, batch[0].shape] = max(rows // 2, 1)
+        self.batcher.limits[batch[0].name, batch[0].shape] = max(rows // 2, 1)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
@@ -213,8 +262,9 @@ class Engine:
         try:
             return _execute([call] * copies, 0)[1]
         except Exception as error:
-            if not Failed(error).is_out_of_memory:
+            if not is_out_of_memory(error):
                 raise
+            self._shrink([call] * copies)
             return None
 
     # Settle: results into the runs.
@@ -235,7 +285,9 @@ def _walk(run: Run) -> None:
         run.result = run.body(run)
     except Aborted as error:
         run.error = error
-    except Exception as error:  # noqa: BLE001  # whatever it is, it ends this run alone
+    except Exception as error:
+        if is_device_lost(error):
+            raise DeviceLost(str(error)) from error
         traceback.clear_frames(error.__traceback__)  # a kept error must not keep a picture's tensors
         run.error = _explained(error)
     run.is_finished = True
@@ -248,7 +300,7 @@ def _explained(error: Exception) -> SafelightError:
     explained: SafelightError = GenerationFailed(
         f"the pipeline failed ({type(error).__name__}); the worker's log says more"
     )
-    if Failed(error).is_out_of_memory:
+    if is_out_of_memory(error):
         explained = OutOfMemory("the device's memory does not hold this request; ask for a smaller picture")
     explained.__cause__ = error
     return explained
@@ -258,9 +310,18 @@ def _execute(batch: Sequence[Call], padding: int) -> tuple[list[Any], float]:
     """One forward: the result of each call, and the seconds until the device was done with all."""
     target = batch[0].target
     start = time.perf_counter()
-    output = target.original(**merge(batch, padding))
+    with _adapted(batch, padding):
+        output = target.original(**merge(batch, padding))
     if target.device.type != "cpu":
         torch.accelerator.synchronize(target.device)
     seconds = time.perf_counter() - start
     sizes = [call.rows for call in batch] + [padding] * (padding > 0)
     return split(output, sizes, listed=batch[0].layout.listed)[: len(batch)], seconds
+
+
+def _adapted(batch: Sequence[Call], padding: int) -> AbstractContextManager[None]:
+    """Each row with the adapters of its run; those that only pad the batch have none."""
+    adapters = batch[0].target.adapters
+    if adapters is None:
+        return nullcontext()
+    return adapters.using([call.run.adapters for call in batch for _ in range(call.rows)] + [()] * padding)

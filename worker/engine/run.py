@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from worker.engine.lora import Stack
 from worker.engine.target import Phase
 
 
@@ -25,9 +26,12 @@ class Run:
     steps: int  # denoising steps in all, as the noise scheduler counts them
     step: int = 0  # of these done
     phase: Phase = Phase.QUEUED
-    priority: int = 0  # higher goes first; see batcher.PRIORITY_STEPS
+    priority: int = 0  # higher goes first; see batcher.PRIORITY_SECONDS
+    tenant: str = ""  # whose share of the denoiser it takes
     reproducible: bool = False  # its bits shall not depend on the company it has in a batch
+    adapters: Stack = ()  # of low rank, and their weights
     order: int = -1  # of arrival, given by Engine.add
+    arrived: float = 0.0  # when that was, by the engine's clock
     seconds: float = 0.0  # of denoiser time it used: its rows' share of each forward
     result: Any = None
     error: BaseException | None = None

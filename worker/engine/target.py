@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from worker.engine.lora import Adapters
+
 
 class Phase(StrEnum):
     QUEUED = "queued"
@@ -31,6 +33,7 @@ class Target:
     ignored: frozenset[str] = frozenset()
     ragged: frozenset[str] = frozenset()
     padded: tuple[str, str] | None = None
+    adapters: Adapters | None = None
 
     @cached_property
     def original(self) -> Callable[..., Any]:
@@ -41,6 +44,11 @@ class Target:
     @property
     def is_denoiser(self) -> bool:
         return self.phase is Phase.DENOISING
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it returns the same for the same arguments, and small things: a text encoder, not a VAE."""
+        return self.phase is Phase.ENCODING and self.method == "forward"
 
     @cached_property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import transformers
 
 from app.core.catalog import ModelSpec
 from app.core.errors import ConfigError
+from worker.engine.lora import Adapters
 from worker.engine.target import Phase, Target
-from worker.pipelines import schedulers
+from worker.pipelines import lora, schedulers
+from worker.pipelines.arguments import unused
 
 EXECUTABLE = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".py", ".pyc", ".so", ".npy", ".npz"})
 REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
@@ -60,12 +62,24 @@ def load(spec: ModelSpec, device: str = "auto", dtype: str = "auto") -> WarmMode
 
 def warm(spec: ModelSpec, pipe: Any, device: torch.device, dtype: torch.dtype) -> WarmModel:
     """A WarmModel of a pipeline that is built and in its place. Raises ConfigError."""
-    schedulers.check(spec.schedulers, pipe.scheduler.config, spec.name)
+    schedulers.check(spec.schedulers, pipe.scheduler, spec.name)
     if dtype is torch.float16 and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         # The pipeline would turn the VAE to float32 and back in place, under the runs of others.
         raise ConfigError(f"model {spec.name!r}: its VAE overflows in float16; set dtype to bfloat16 or float32")
+    if vain := unused(pipe) & set(spec.accepts):
+        left = sorted(set(spec.accepts) - vain)
+        raise ConfigError(f"model {spec.name!r} has no use for {', '.join(sorted(vain))}; set accepts = {left}")
     pipe.set_progress_bar_config(disable=True)
-    return WarmModel(spec, pipe, targets(pipe), device, dtype)
+    return WarmModel(spec, pipe, _adapted(targets(pipe), spec, pipe), device, dtype)
+
+
+def _adapted(found: dict[str, Target], spec: ModelSpec, pipe: Any) -> dict[str, Target]:
+    """The targets, with all adapters of the catalog at the denoisers they are for."""
+    read = {name: lora.read(entry.source, pipe, spec.name) for name, entry in spec.loras.items()}
+    for part in {part for parts in read.values() for part in parts}:
+        own = {name: parts[part] for name, parts in read.items() if part in parts}
+        found[part] = replace(found[part], adapters=Adapters(found[part].module, own))
+    return found
 
 
 def targets(pipe: Any) -> dict[str, Target]:

@@ -71,9 +71,9 @@ def make(name: str, base_config: Mapping[str, Any]) -> Any:
     return getattr(diffusers, kind.class_name).from_config(config, **kind.overrides)
 
 
-def check(names: tuple[str, ...], base_config: Mapping[str, Any], model: str) -> None:
-    """Raise ConfigError for a scheduler that does not exist or that the model's training rules out."""
-    trained = Kind(str(base_config.get("_class_name", "")), base_config)
+def check(names: tuple[str, ...], own: Any, model: str) -> None:
+    """Raise ConfigError for a scheduler that does not exist or that the training of a model with `own` rules out."""
+    trained = Kind(type(own).__name__, {k: v for k, v in own.config.items() if k != "_class_name"})
     for name in names:
         if name not in KINDS:
             raise ConfigError(f"model {model!r}: there is no scheduler {name!r}; there are {', '.join(KINDS)}")

@@ -5,6 +5,7 @@ if held[1] ~= tenant then return nil end
 if FINAL[held[2]] then return held[2] end
 if held[2] == 'processing' then
   redis.call('ZREM', RQ .. 'wip:' .. held[4], id .. ':' .. held[3])
+  abandon(id, held[3], now())
   redis.call('HINCRBY', JOB .. id, 'fence', 1)
 end
 enter(id, 'canceled', now(), retention)

@@ -5,12 +5,14 @@ local id, fence, status, retention = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]
 local held = redis.call('HMGET', JOB .. id, 'status', 'fence', 'committed')
 if held[3] == fence then return 'again' end
 if held[1] ~= 'processing' or held[2] ~= fence then return 'lost' end
-local fields = {'committed', fence}
-for name, value in pairs(cjson.decode(ARGV[5])) do
+local fields, written = {'committed', fence}, cjson.decode(ARGV[5])
+for name, value in pairs(written) do
   fields[#fields + 1] = name
   fields[#fields + 1] = value
 end
 redis.call('HSET', JOB .. id, unpack(fields))
 redis.call('HSET', RQ .. 'job:' .. id, 'ended_at', ARGV[6])
-enter(id, status, now(), retention)
+local at = now()
+charge(redis.call('HGET', JOB .. id, 'tenant'), at, #cjson.decode(written.outputs or '[]'), written.denoiser_seconds)
+enter(id, status, at, retention)
 return 'done'

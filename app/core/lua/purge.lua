@@ -12,5 +12,6 @@ redis.call('ZREM', JOBS .. job.tenant, id)
 redis.call('ZREM', JOBS .. job.tenant .. ':' .. job.status, id)
 redis.call('ZREM', RQ .. RQ_REGISTRY[job.status] .. job.queue, id)
 redis.call('ZREM', RETENTION, id)
+redis.call('ZREM', DEADLINES, id)
 if job.idempotency then redis.call('DEL', IDEMPOTENCY .. job.tenant .. ':' .. job.idempotency) end
 return 1

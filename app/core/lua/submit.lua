@@ -1,4 +1,4 @@
--- ARGV: id, tenant, queue, idempotency digest or '', fingerprint, retention (ms), fields of the job (JSON object),
+-- ARGV: id, tenant, lane, idempotency digest or '', fingerprint, retention (ms), fields of the job (JSON object),
 -- then RQ's job: field, value, ... (flat). Returns {outcome, id}; outcomes: created, existing, mismatch.
 local id, tenant, queue, digest, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local retention = tonumber(ARGV[6])
@@ -18,9 +18,17 @@ local created = unique_microseconds()
 local at = math.floor(tonumber(created) / 1000)
 -- Counters begin to exist when they count: a million waiting jobs have a million of these records.
 local fields = {'tenant', tenant, 'queue', queue, 'created_us', created}
-for name, value in pairs(cjson.decode(ARGV[7])) do
+local wanted = cjson.decode(ARGV[7])
+for name, value in pairs(wanted) do
   fields[#fields + 1] = name
   fields[#fields + 1] = value
+end
+local seconds = tonumber(wanted.deadline_seconds)
+if seconds then
+  local deadline = at + math.floor(1000 * seconds)
+  fields[#fields + 1] = 'deadline_at'
+  fields[#fields + 1] = deadline
+  redis.call('ZADD', DEADLINES, deadline, id)
 end
 if digest ~= '' then
   fields[#fields + 1] = 'idempotency'
@@ -33,5 +41,5 @@ redis.call('SADD', RQ .. 'queues', RQ .. 'queue:' .. queue)
 redis.call('ZADD', JOBS .. tenant, created, id)
 enter(id, 'queued', at, retention)
 redis.call('RPUSH', RQ .. 'queue:' .. queue, id)
-redis.call('PUBLISH', WAKE, queue)
+redis.call('PUBLISH', WAKE, queue_of(queue))
 return {'created', id}

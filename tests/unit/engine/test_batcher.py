@@ -1,10 +1,11 @@
-import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from worker.engine.batcher import PRIORITY_STEPS, UNMEASURED_ROWS, Batcher
+from worker.engine.batcher import EVIDENCE, MOST_ROWS, PATIENCE, PRIORITY_SECONDS, PROBE, UNMEASURED_ROWS, Batcher
+from worker.engine.calibrate import knee
+from worker.engine.shares import SLACK_SECONDS, Shares
 
 SHAPE = (4, 8, 8)
 
@@ -15,6 +16,8 @@ class FakeRun:
     priority: int = 0
     reproducible: bool = False
     order: int = 0
+    arrived: float = 0.0
+    tenant: str = ""
 
 
 @dataclass(eq=False)
@@ -25,17 +28,21 @@ class FakeCall:
     rows: int = 1
     shape: tuple[int, ...] = SHAPE
     is_denoiser: bool = True
-    passed: int = 0
 
 
-def call(remaining=10, *, order=0, priority=0, reproducible=False, **options):
-    return FakeCall(FakeRun(remaining, priority, reproducible, order), **options)
+def call(remaining=10, *, order=0, priority=0, reproducible=False, arrived=0.0, tenant="", **options):
+    return FakeCall(FakeRun(remaining, priority, reproducible, order, arrived, tenant), **options)
+
+
+def flat(cap, seconds=0.01):
+    """The curve of a device that takes as long for `cap` rows as for one, and twice as long for twice as many."""
+    return {rows: seconds * max(rows / cap, 1.0) for rows in (1, cap, 2 * cap, 4 * cap)}
 
 
 def batcher(cap=None, **options):
     policy = Batcher(**({"bucket": 8} | options))
     if cap:
-        policy.caps["unet", SHAPE] = cap
+        policy.learn(("unet", SHAPE), flat(cap))
     return policy
 
 
@@ -52,7 +59,7 @@ def test_above_the_cap_the_shortest_remaining_go_first():
 
 
 def test_a_call_larger_than_the_cap_goes_alone():
-    calls = [call(1, rows=6), call(2)]
+    calls = [call(1, rows=6), call(20)]
 
     assert batcher(cap=4).choose(calls) == [calls[0]]
 
@@ -69,32 +76,58 @@ def test_a_higher_priority_goes_before_a_shorter_run():
     assert batcher(cap=1).choose(calls) == [calls[1]]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_no_call_waits_longer_than_the_bound(seed):
-    dice = random.Random(seed)
-    policy = batcher(cap=2)
-    waits: dict[FakeCall, tuple[int, int]] = {}  # -> forward at which it parked, bound
-    parked, most = [], 12
-    for turn in range(3000):
-        while len(parked) < most:  # the heaviest load there can be: each run that ends is replaced by a short one
-            fresh = call(dice.choice([1, 1, 1, 2, 60]), order=turn, key=dice.choice("abc"), rows=dice.choice([1, 2]))
-            parked.append(fresh)
-            waits[fresh] = (turn, fresh.run.remaining + most)
-        for gone in policy.choose(parked):
-            parked.remove(gone)
-            since, bound = waits.pop(gone)
-            assert turn - since <= bound
-    assert all(3000 - since <= bound for since, bound in waits.values())
+def test_a_run_that_came_long_before_goes_before_a_shorter_one():
+    work = 50 * 0.01  # seconds
+    old, short = call(50), call(1, arrived=PATIENCE * work + 1)
+
+    assert batcher(cap=1).choose([short, old]) == [old]
+    short.run.arrived = PATIENCE * 49 * 0.01 - 1
+    assert batcher(cap=1).choose([short, old]) == [short]
 
 
-def test_a_lower_priority_is_passed_over_only_for_so_long():
+def test_work_is_measured_in_seconds_and_not_in_steps():
     policy = batcher(cap=1)
-    low = call(5)
-    turns = 0
-    while low not in policy.choose([low, call(1, priority=1, order=turns + 1)]):
-        turns += 1
+    policy.learn(("unet", (4, 64, 64)), flat(1, seconds=1.0))
+    large, small = call(4, shape=(4, 64, 64), key="large"), call(30, key="small")
 
-    assert turns <= PRIORITY_STEPS + 5 + 2
+    assert policy.choose([large, small]) == [small]
+
+
+def test_a_priority_is_worth_a_time_of_waiting():
+    low, high = call(1), call(1, priority=1, arrived=PRIORITY_SECONDS + 1)
+
+    assert batcher(cap=1).choose([high, low]) == [low]
+    high.run.arrived -= 2
+    assert batcher(cap=1).choose([high, low]) == [high]
+
+
+def test_a_tenant_ahead_of_its_share_lets_the_other_go_first_and_fills_what_is_left():
+    policy = batcher(cap=1, max_batch=2)
+    hog, other = [call(1, tenant="hog") for _ in range(3)], call(90, tenant="other")
+    policy.choose([*hog, other])
+    policy.spent(hog[:2], 2, 3 * SLACK_SECONDS)
+
+    assert policy.choose([*hog, other]) == [other, hog[0]]
+    policy.spent([other], 1, 3 * SLACK_SECONDS)
+    assert policy.choose([*hog, other])[0] is hog[0]
+
+
+def test_who_leaves_while_ahead_is_still_ahead_when_coming_back():
+    shares = Shares()
+    shares.spent({"hog": 40.0}, {"hog", "other"})
+    shares.spent({"other": 1.0}, {"other"})
+
+    assert shares.waiting({"hog", "other"}) == {"hog"}
+    shares.spent({"other": 40.0}, {"other"})
+    assert shares.waiting({"hog", "other"}) == set()
+    assert shares.ahead.keys() == {"other"}
+
+
+def test_nobody_saves_up_more_than_the_slack():
+    shares = Shares()
+    shares.spent({"busy": 1000.0}, {"busy", "modest"})
+
+    assert shares.ahead["modest"] == -SLACK_SECONDS
 
 
 def test_the_cap_of_a_larger_shape_shrinks_with_its_size():
@@ -108,7 +141,7 @@ def test_the_cap_of_a_larger_shape_shrinks_with_its_size():
 
 def test_max_batch_overrides_what_was_measured_of_the_denoiser():
     policy = batcher(cap=16, max_batch=3)
-    policy.caps["vae", SHAPE] = 5
+    policy.learn(("vae", SHAPE), flat(5))
 
     assert policy.cap(call()) == 3
     assert policy.cap(call(name="vae", is_denoiser=False)) == 5
@@ -122,17 +155,81 @@ def test_other_modules_get_no_more_time_than_the_denoiser_that_waits_for_them():
         [chosen] = policy.choose([denoise, decode])
         seconds = 0.1 if chosen.is_denoiser else 0.7
         spent[chosen.is_denoiser] += seconds
-        policy.spent(seconds, is_denoiser=chosen.is_denoiser)
+        policy.spent([chosen], 1, seconds)
 
     assert spent[False] == pytest.approx(spent[True], abs=0.8)
 
 
 def test_other_modules_go_at_once_when_no_denoiser_call_waits():
     policy = batcher()
-    policy.spent(100.0, is_denoiser=False)
     decode = call(is_denoiser=False)
+    policy.spent([decode], 1, 100.0)
 
     assert policy.choose([decode]) == [decode]
+
+
+def test_a_batch_of_decodes_takes_no_longer_than_the_forwards_that_wait_for_it():
+    policy = batcher(cap=4)
+    policy.learn(("vae", SHAPE), {rows: rows * 0.1 for rows in (1, 2, 4, 8)} | {8: 0.4})  # the knee is at eight
+    decodes = [call(name="vae", key="vae", is_denoiser=False) for _ in range(8)]
+    step = call()
+
+    assert len(policy.choose(decodes)) == 8
+    policy.choose([step])
+    policy.spent([step], 1, 0.25)
+    assert len(policy.choose([step, *decodes])) == 2
+
+
+def test_the_cap_follows_what_real_forwards_take():
+    policy = batcher(cap=8)
+    one = call()
+    assert policy.cap(one) == 8
+    for _ in range(1000):
+        rows = policy.cap(one)
+        policy.spent([one], rows, 0.01 * rows)  # the device has changed: eight rows take eight times one
+        policy.spent([one], 1, 0.01)
+
+    assert knee(policy.curves["unet", SHAPE]) == 1
+
+
+def test_one_forward_that_was_held_up_moves_no_cap():
+    policy = batcher(cap=8)
+    policy.spent([call() for _ in range(8)], 8, 30.0)
+
+    assert policy.cap(call()) == 8
+
+
+def test_the_cap_grows_while_more_rows_bring_more_and_stops_where_memory_did():
+    policy = batcher()
+    one = call()
+    assert policy.cap(one) == UNMEASURED_ROWS
+    for _ in range(10):
+        rows = policy.cap(one)
+        for _ in range(EVIDENCE):
+            policy.spent([one], rows, 0.01)  # however many
+    assert policy.cap(one) == MOST_ROWS
+
+    policy.limits["unet", SHAPE] = 16
+    assert policy.cap(one) == 16
+
+
+def test_a_few_slow_forwards_of_a_new_shape_do_not_make_its_cap():
+    policy = batcher()
+    for rows, seconds in ((2, 0.01), (2, 0.01), (4, 0.5), (4, 0.5)):
+        policy.spent([call()], rows, seconds)
+
+    assert policy.cap(call()) == UNMEASURED_ROWS
+
+
+def test_a_cap_that_was_learnt_on_a_bad_day_is_tried_again():
+    policy = batcher(cap=2)
+    caps = []
+    for _ in range(PROBE + 1):
+        caps.append(policy.cap(call()))
+        policy.spent([call()], caps[-1], 0.01 * caps[-1] / 2)
+
+    assert caps.count(4) == 1
+    assert caps.count(2) == PROBE
 
 
 def test_a_batch_with_a_reproducible_run_is_filled_and_padded_to_the_bucket():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.engine.toys import Toy
-from worker.engine.call import TEXT_TOKENS, Rows, fingerprint, merge, park, split
+from worker.engine.call import TEXT_TOKENS, Rows, fingerprint, join, merge, park, part, split
 from worker.engine.run import Run
 from worker.engine.target import Phase, Target
 
@@ -244,8 +244,36 @@ def test_splitting_what_was_merged_gives_every_call_its_own_back(tree, counts, p
     sizes = [*counts, padding] if padding else counts
     parts = split(tuple(merged.items()), sizes)
 
-    for parked, part in zip(calls, parts, strict=False):
-        assert same(parked.kwargs, dict(part))
+    for parked, own in zip(calls, parts, strict=False):
+        assert same(parked.kwargs, dict(own))
+
+
+@settings(deadline=None)
+@given(trees, st.integers(2, 6), st.integers(1, 5))
+def test_a_call_cut_in_parts_and_its_results_joined_are_whole_again(tree, rows, first):
+    whole = call(sample=sample(rows, value=3.0), tree=grow(tree, rows, 1))
+    first = min(first, rows - 1)
+    parts = [part(whole, 0, first), part(whole, first, rows)]
+
+    assert [p.rows for p in parts] == [first, rows - first]
+    assert same(merge(parts), merge([whole]))
+    kinds = [tuple(p.kwargs.items()) for p in parts]
+    if first != rows - first or first > 3:  # else a shared tensor may be as long as a part
+        assert same(dict(join(kinds, [first, rows - first])), whole.kwargs)
+
+
+def test_results_of_every_type_are_joined_again():
+    rows = torch.arange(6.0).view(3, 2, 1, 1)
+    for output in (
+        (rows,),
+        UNet2DConditionOutput(sample=rows),
+        DiagonalGaussianDistribution(rows),
+        ([torch.zeros(2, n) for n in range(3)],),
+    ):
+        again = join(split(output, [1, 2]), [1, 2])
+        assert type(again) is type(output)
+    assert torch.equal(join(split((rows,), [1, 2]), [1, 2])[0], rows)
+    assert len(again[0]) == 3
 
 
 def test_the_shape_of_a_call_is_that_of_one_sample():

@@ -6,6 +6,7 @@ import torch
 from app.core.errors import GenerationFailed, InvalidOutput, OutOfMemory
 from tests.unit.engine.toys import Toy, engine_of, finish, toy_run, walk
 from worker.engine.engine import STARTING_SECONDS, Engine
+from worker.engine.faults import DeviceLost
 from worker.engine.run import Aborted, Run
 from worker.engine.target import Phase, Target
 
@@ -243,10 +244,16 @@ def test_a_batch_that_does_not_fit_is_split_until_it_does_and_never_tried_again(
 
 
 def test_only_the_run_that_cannot_fit_alone_is_out_of_memory():
-    toy = Toy(fits=2)
+    class Narrow(Toy):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor]:
+            if sample.shape[1] > 4:
+                raise torch.OutOfMemoryError("no room")
+            return super().forward(sample, timestep, scale)
+
+    toy = Narrow()
 
     def wide(run: Run) -> None:
-        toy(torch.zeros(3, 4), torch.tensor(1))
+        toy(torch.zeros(2, 8), torch.tensor(1))
 
     engine = engine_of(toy)
     big, small = Run("big", wide, 1), toy_run(toy, "small", 2)
@@ -256,6 +263,111 @@ def test_only_the_run_that_cannot_fit_alone_is_out_of_memory():
 
     assert isinstance(big.error, OutOfMemory)
     assert small.result == 3.0
+
+
+def test_a_call_whose_rows_do_not_fit_at_once_is_made_in_parts_and_never_tried_whole_again():
+    toy = Toy(fits=2)
+
+    def rows(run: Run) -> list[float]:
+        sample = torch.arange(5.0)[:, None].repeat(1, 4)
+        for _ in range(2):
+            sample = toy(sample, torch.arange(5))[0]
+        return sample[:, 0].tolist()
+
+    engine = engine_of(toy)
+    run = Run("a", rows, 2)
+    engine.add(run)
+    finish(engine)
+
+    assert run.result == [0.0, 3.0, 6.0, 9.0, 12.0]
+    assert toy.batches.count(5) == 1
+    assert max(toy.batches[-3:]) == 2
+
+
+def test_a_reproducible_call_that_does_not_fit_is_not_made_in_parts():
+    toy = Toy(fits=2)
+
+    def rows(run: Run) -> None:
+        toy(torch.zeros(4, 4), torch.tensor(1))
+
+    engine = engine_of(toy, bucket=4)
+    run = Run("a", rows, 1, reproducible=True)
+    engine.add(run)
+    finish(engine)
+
+    assert isinstance(run.error, OutOfMemory)
+
+
+STICKY = "CUDA error: an illegal memory access was encountered"
+
+
+class Dying(Toy):
+    """A device that is lost at the third forward, and answers nobody after that."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor]:
+        if len(self.batches) == 2:
+            raise torch.AcceleratorError(STICKY)
+        return super().forward(sample, timestep, scale)
+
+
+def test_a_lost_device_ends_the_step_and_no_run_is_blamed():
+    toy = Dying()
+    engine = engine_of(toy)
+    runs = [toy_run(toy, f"r{i}", 5) for i in range(3)]
+    for run in runs:
+        engine.add(run)
+    engine.step()
+    engine.step()
+
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        engine.step()
+    assert [run.error for run in runs] == [None] * 3
+    assert engine.abort("r1")
+    engine.close()
+    assert isinstance(runs[0].error, Aborted)
+    assert engine.is_idle
+
+
+def test_a_device_that_is_lost_in_a_runs_own_code_ends_the_step_too():
+    def unlucky(run: Run) -> None:
+        raise torch.AcceleratorError(STICKY)
+
+    toy = Toy()
+    engine = engine_of(toy)
+    engine.add(toy_run(toy, "a", 2))
+    engine.add(Run("b", unlucky, 1))
+
+    with pytest.raises(DeviceLost):
+        engine.step()
+    engine.close()
+
+
+@pytest.mark.parametrize("text", ["CUDA error: invalid configuration argument", "device kernel image is invalid"])
+def test_an_error_that_the_device_survives_fails_its_run_alone(text):
+    def unlucky(run: Run) -> None:
+        raise torch.AcceleratorError(text)
+
+    toy = Toy()
+    engine = engine_of(toy)
+    bad, good = Run("bad", unlucky, 1), toy_run(toy, "good", 2)
+    engine.add(bad)
+    engine.add(good)
+    finish(engine)
+
+    assert isinstance(bad.error, GenerationFailed)
+    assert good.result == 3.0
+
+
+def test_cudas_own_out_of_memory_is_one():
+    def unlucky(run: Run) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    engine = engine_of(Toy())
+    run = Run("a", unlucky, 1)
+    engine.add(run)
+    engine.step()
+
+    assert isinstance(run.error, OutOfMemory)
 
 
 def test_grad_mode_stays_off_within_and_comes_back_after():
@@ -332,6 +444,6 @@ def test_calibration_measures_what_is_parked_once_and_caps_it():
     engine.calibrate()
 
     assert len(toy.batches) == measured
-    assert max(engine.curves["toy", (4,)]) <= 16
-    assert engine.batcher.caps["toy", (4,)] in engine.curves["toy", (4,)]
+    assert max(engine.batcher.curves["toy", (4,)]) <= 16
+    assert engine.batcher.limits["toy", (4,)] == 16
     assert finish(engine) == ["a"]

@@ -1,0 +1,18 @@
+-- Send a delivery once more, its schedule from the start. ARGV: delivery, tenant.
+-- Returns nil (no such delivery), 'changed' (it is no longer known what it said), or 'due'.
+local id, tenant = ARGV[1], ARGV[2]
+local key = DELIVERY .. id
+local held = redis.call('HMGET', key, 'tenant', 'type', 'job_id', 'job')
+if held[1] ~= tenant then return nil end
+if held[3] and not held[4] then
+  local job = hash(JOB .. held[3])
+  if 'job.' .. (job.status or '') ~= held[2] then return 'changed' end
+  job.id = held[3]
+  redis.call('HSET', key, 'job', cjson.encode(job))
+end
+redis.call('PERSIST', key)
+redis.call('HDEL', key, 'outcome', 'ended_at')
+redis.call('HSET', key, 'attempts', 0)
+redis.call('ZADD', OUTBOX, now(), id)
+redis.call('PUBLISH', OUTBOX_BELL, id)
+return 'due'

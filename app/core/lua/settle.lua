@@ -1,0 +1,17 @@
+-- A delivery has ended. ARGV: delivery, outcome, line of its log (JSON), keep (ms), longest life (ms).
+-- What it said goes when somebody has it: the job's record says the same. What nobody has may be sent again by hand.
+local id, outcome, line, keep, life = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local key, at = DELIVERY .. id, now()
+redis.call('ZREM', OUTBOX, id)
+local held = redis.call('HMGET', key, 'tenant', 'job_id')
+if not held[1] then
+  redis.call('DEL', key)
+  return 0
+end
+remember(key, line)
+redis.call('HSET', key, 'outcome', outcome, 'ended_at', at)
+if outcome == 'delivered' then redis.call('HDEL', key, 'job') end
+redis.call('PEXPIRE', key, keep)
+redis.call('ZREMRANGEBYSCORE', DELIVERIES .. held[1], '-inf', at - keep - life)
+if held[2] then redis.call('PEXPIRE', JOB_DELIVERIES .. held[2], keep + life) end
+return 1
