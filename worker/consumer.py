@@ -161,7 +161,7 @@ class Consumer(BaseWorker):
             return
         self.metrics.queue_wait_seconds.labels(held.job.params.model).observe(held.queue_seconds)
         for run in held.runs:
-            run.priority = PRIORITIES[held.job.priority]
+            run.priority, run.tenant = PRIORITIES[held.job.priority], held.job.tenant
             self.engine.add(run)
         self.metrics.runs_in_flight.labels(held.job.params.model).inc(len(held.runs))
 

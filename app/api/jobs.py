@@ -61,7 +61,7 @@ _SUBMIT_HEADERS: Final[dict[str, Any]] = {
     responses={
         200: {"model": JobView, "description": "Ended within the wait that was preferred.", "headers": _SUBMIT_HEADERS},
         202: {"description": "Queued.", "headers": _SUBMIT_HEADERS},
-        **responses(404, 413, 422),
+        **responses(404, 408, 413, 422),
     },
 )
 @needs(Scope.SUBMIT)

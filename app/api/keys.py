@@ -17,7 +17,7 @@ router = APIRouter(tags=["keys"])
 KeyId = Annotated[str, Path(json_schema_extra={"pattern": "^[0-9A-Za-z]{8}$"}, examples=["00000000"])]
 
 
-@router.post("/v1/keys", status_code=201, responses=responses(413, 422))
+@router.post("/v1/keys", status_code=201, responses=responses(408, 413, 422))
 @needs(Scope.ADMIN)
 async def create_key(body: KeyRequest, deps: Deps) -> KeyMade:
     """Make a key. `secret` is the key itself: it is shown here, once, and kept nowhere."""

@@ -1,5 +1,6 @@
 """What happens to every request: an id, security headers, a measurement, a limit on its body. Pure ASGI."""
 
+import asyncio
 import re
 import time
 from typing import Final
@@ -17,6 +18,7 @@ from app.core.metrics import ApiMetrics
 log = structlog.get_logger()
 
 MAX_BODY: Final = 1024 * 1024  # bytes
+BODY_SECONDS: Final = 30.0  # from the request's head to the end of its body
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNLOGGED: Final = frozenset({"/livez", "/readyz", "/metrics", "/metrics/targets"})  # asked every few seconds
 SECURITY: Final = {
@@ -73,7 +75,10 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies over `MAX_BODY`; FastAPI's own limit answers in plain text, outside all middleware."""
+    """Refuses bodies over `MAX_BODY` and those that take longer than `BODY_SECONDS`.
+
+    FastAPI's own limit answers in plain text, outside all middleware; nothing else limits the time.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -87,11 +92,19 @@ class BodyLimit:
             reply.headers["connection"] = "close"  # the rest of the body is not read
             await reply(scope, receive, send)
             return
-        size = 0
+        size, is_complete = 0, False
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_limited() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_complete
+            if is_complete:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, headers={"connection": "close"}) from None
+            is_complete = not message.get("more_body")
             size += len(message.get("body", b""))
             if size > MAX_BODY:
                 # Not TooLarge: FastAPI lets only this class pass while it reads a body.

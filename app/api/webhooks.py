@@ -34,7 +34,7 @@ DeliveryId = Annotated[
 ]
 
 
-@router.post("/v1/webhook-endpoints", status_code=201, responses=responses(409, 413, 422))
+@router.post("/v1/webhook-endpoints", status_code=201, responses=responses(408, 409, 413, 422))
 @needs(Scope.SUBMIT)
 async def create_endpoint(body: EndpointRequest, caller: Caller, deps: Deps) -> EndpointView:
     """Have the events of all your jobs from now on sent to a URL."""
@@ -57,7 +57,7 @@ async def get_endpoint(endpoint_id: EndpointId, caller: Caller, deps: Deps) -> E
     return _endpoint(*await deps.endpoints.get(caller.tenant, endpoint_id))
 
 
-@router.patch("/v1/webhook-endpoints/{endpoint_id}", responses=responses(404, 413, 422))
+@router.patch("/v1/webhook-endpoints/{endpoint_id}", responses=responses(404, 408, 413, 422))
 @needs(Scope.SUBMIT)
 async def change_endpoint(endpoint_id: EndpointId, body: EndpointChange, caller: Caller, deps: Deps) -> EndpointView:
     """Change what is given; what waits goes to the new URL. `enabled: true` forgives an endpoint that we disabled."""
@@ -120,7 +120,7 @@ async def get_webhook_secret(caller: Caller, deps: Deps, which: Annotated[Tenant
     return _secret(await deps.secrets.of(_tenant(caller, which)))
 
 
-@router.post("/v1/webhook-secret/rotate", responses=responses(409, 413, 422))
+@router.post("/v1/webhook-secret/rotate", responses=responses(408, 409, 413, 422))
 @needs(Scope.SUBMIT)
 async def rotate_webhook_secret(
     body: RotateRequest, caller: Caller, deps: Deps, which: Annotated[TenantQuery, Query()]

@@ -97,11 +97,21 @@ def _freeze(_place: str, seconds: float) -> None:
 def _disconnect(place: str, _seconds: float) -> None:
     """Every TCP connection of the process is cut."""
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
-                connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            _cut(os.dup(int(entry.name)))
     if place in AT_REDIS:
         raise ConnectionError(f"failpoint {place}")
+
+
+def _cut(descriptor: int) -> None:
+    try:
+        connection = socket.socket(fileno=descriptor)
+    except OSError:  # no socket
+        os.close(descriptor)
+        return
+    with connection:
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _crash(place: str, _seconds: float) -> None:

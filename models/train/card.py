@@ -67,7 +67,8 @@ pictures and no scraped data were used. The weights are under the MIT licence, a
   1e-4, running averages, latents normalised to deviation 1; then its decoder alone.
 - Text encoder: CLIP's architecture, two layers of width 256, a vocabulary of 1,800 learnt from the captions.
 - Denoiser: 14.0 M parameters, two levels of 128 and 224 channels with cross-attention, v-prediction over 1,000
-  timesteps (scaled linear betas to 0.02), AdamW at 8e-4 falling to zero, batches of 64, running averages.
+  timesteps (scaled linear betas to 0.02), AdamW at 8e-4 falling to zero, batches of 64, running averages; the
+  last part of the training with few poses of each concept.
 - Adapters: LoRA on every attention projection; `flat` from Fluent's flat style, `night` from a neon palette on a dark
   ground. Base and text encoder stay as they are."""
 

@@ -2,7 +2,8 @@
 
 import random
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from models.train.words import LENGTH, caption, make_tokenizer
 BATCH = 64
 RATE = 8e-4
 COLOURED = 0.2  # share of a batch that is recoloured
+SETTLED = 5300  # the step from which on each concept is taught in few poses and less in other colours
+POSES = 2  # of 24: poses make two thirds of the latents' variance, more than a small model learns in an hour
 WIDTH = 256  # of the text encoder
 
 
@@ -102,6 +105,18 @@ def latents(work: Path, pool: Pool, vae: AutoencoderKL) -> Latents:
     )
 
 
+def in_few_poses(data: Latents) -> Latents:
+    """The same with the first POSES pictures of each concept, and the first of each of its colours."""
+    concept, colour = data.concept, data.colour
+    nth = np.zeros(len(concept), np.intp)
+    seen: Counter[tuple[int, int]] = Counter()
+    for i, pair in enumerate(zip(concept.tolist(), colour.tolist(), strict=True)):
+        nth[i] = seen[pair]
+        seen[pair] += 1
+    plain, coloured = data.plain, data.coloured
+    return replace(data, plain=plain[nth[plain] < POSES], coloured=coloured[nth[coloured] < 1])
+
+
 def prepare_autoencoder(work: Path, pool: Pool) -> AutoencoderKL:
     """The trained autoencoder with its latents normalised over the pool."""
     vae = autoencoder.load(work)
@@ -129,6 +144,7 @@ def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
 ) -> float:
     """Train to step `until` of `steps` (the learning rate falls to zero at `steps`); the last mean loss."""
     data = latents(work, pool, prepare_autoencoder(work, pool))
+    few = in_few_poses(data)
     tokenizer = make_tokenizer(kept, work / "tokenizer")
     torch.manual_seed(0)
     modules = {"unet": build_unet().to(device), "text_encoder": build_text_encoder(tokenizer).to(device)}
@@ -146,7 +162,8 @@ def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
         torch.manual_seed(step)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 300) * max(0.005, 1 - step / steps)
-        loss = _loss(modules, data, kept, tokenizer, noise=noise, rng=random.Random(step), device=device)
+        taught, share = (few, COLOURED / 2) if step >= SETTLED else (data, COLOURED)
+        loss = _loss(modules, taught, kept, tokenizer, share=share, noise=noise, rng=random.Random(step), device=device)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -168,11 +185,12 @@ def _loss(
     kept: list[Emoji],
     tokenizer: CLIPTokenizer,
     *,
+    share: float,
     noise: DDIMScheduler,
     rng: random.Random,
     device: str,
 ) -> torch.Tensor:
-    coloured = int(BATCH * COLOURED)
+    coloured = int(BATCH * share)
     rows = [int(data.plain[rng.randrange(len(data.plain))]) for _ in range(BATCH - coloured)]
     rows += [int(data.coloured[rng.randrange(len(data.coloured))]) for _ in range(coloured)]
     names = [*COLOURS, None]  # colour -1 is the last: none

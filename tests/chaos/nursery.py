@@ -79,7 +79,7 @@ class Nursery:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(30)
         self._reader.join(5)
         self._process.stdout.close()
 
@@ -135,6 +135,7 @@ def _serve() -> None:
             _say(pid=pid, code=os.waitstatus_to_exitcode(status))
     for pid in children:
         os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # nothing to tidy up, and torch takes its time over it
 
 
 def _fork(parts, part: str, environment: dict[str, str], log: str) -> int:

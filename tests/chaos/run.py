@@ -184,7 +184,7 @@ class Run:
         deadline = time.monotonic() + self.plan.settle
         left = list(job_ids)
         while left and time.monotonic() < deadline:
-            left = [job_id for job_id in left if not (self.built.job(job_id) or {}).get("completed_at")]
+            left = self.built.unfinished(left)
             time.sleep(0.2)
         while not self.built.outbox_is_empty() and time.monotonic() < deadline:
             time.sleep(0.1)

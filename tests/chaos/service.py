@@ -181,6 +181,14 @@ class Service:
         self.wait_until(is_final, seconds)
         return found[0]
 
+    def unfinished(self, job_ids: list[str]) -> list[str]:
+        """Those of the jobs that have not ended, all of them while Redis is away."""
+        with suppress(RedisError, OSError), self.redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hget(JOB + job_id, "completed_at")
+            return [job_id for job_id, ended in zip(job_ids, pipeline.execute(), strict=True) if not ended]
+        return job_ids
+
     def held_by(self, slot: Slot) -> list[str]:
         """The jobs that a worker's process has a lease on, as Redis knows; none while it is away."""
         mark = f"-{slot.child.pid}-"

@@ -26,7 +26,8 @@ def running(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     with (
         redis_server(tmp_path_factory.mktemp("redis")) as server,
-        house(folder, server.url, SAFELIGHT_WEBHOOK_SECRET=SECRET) as built,
+        # The measured knee may lie below a crowd of 24; what is tested here is the crowd.
+        house(folder, server.url, SAFELIGHT_WEBHOOK_SECRET=SECRET, SAFELIGHT_MAX_BATCH="64") as built,
     ):
         built.start_all()
         yield built
@@ -146,7 +147,7 @@ def test_a_job_of_a_killed_worker_succeeds_in_a_new_one_with_one_result_and_one_
         built.start("sender")
         victim = built.start("worker")
         built.wait_until(built.is_ready, STARTING)
-        job = built.submit(num_inference_steps=250, num_images=4, webhook={"url": hook.url()})
+        job = built.submit(num_inference_steps=120, num_images=2, webhook={"url": hook.url()})
         built.wait_until(lambda: (built.job(job["id"])["progress"] or {}).get("step", 0) > 20, 30)
         victim.send_signal(signal.SIGKILL)
         killed = time.monotonic()
@@ -158,7 +159,7 @@ def test_a_job_of_a_killed_worker_succeeds_in_a_new_one_with_one_result_and_one_
         time.sleep(0.5)
         print(f"succeeded {recovered:.1f} s after the kill")
         assert recovered < 30
-        assert (len(done["outputs"]), len(stored), len(hook.received)) == (4, 4, 1)
+        assert (len(done["outputs"]), len(stored), len(hook.received)) == (2, 2, 1)
 
 
 @pytest.mark.skipif("redis" not in redis_binaries(), reason="redis-server is not installed; make test installs it")

@@ -2,10 +2,12 @@
 
 import json
 import socket
+import time
 
 import pytest
 from fastapi import APIRouter
 
+from app.api import middleware
 from app.api.middleware import MAX_BODY
 from tests.integration.test_api_jobs import NOBODY
 
@@ -125,6 +127,17 @@ def test_a_body_over_the_limit_is_refused(client, is_chunked):
     assert client.get("/livez").status_code == 200
 
 
+def test_a_body_that_drips_is_given_up(api, monkeypatch):
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.4)
+    started = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", api.settings.port), timeout=5) as connection:
+        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{")
+        reply = connection.recv(1000)
+    assert reply.startswith(b"HTTP/1.1 408")
+    assert b"request_timeout" in reply
+    assert time.perf_counter() - started < 3
+
+
 def test_a_head_over_the_limit_is_refused(api):
     with socket.create_connection(("127.0.0.1", api.settings.port), timeout=5) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"y" * 70_000)
@@ -162,6 +175,8 @@ def test_every_reply_has_the_security_headers(client, path):
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert headers["cache-control"] == "no-store"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert ("default-src 'none'" in headers.get("content-security-policy", "")) == (path != "/docs")
     assert "server" not in headers
 
 

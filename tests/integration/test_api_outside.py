@@ -190,7 +190,7 @@ CORPUS = {
 }
 
 
-def send(port, data, seconds=0.4):
+def send(port, data, seconds=0.2):
     """What the server says before it falls silent or hangs up."""
     reply = b""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:

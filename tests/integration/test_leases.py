@@ -270,8 +270,7 @@ def test_a_job_of_another_lane_keeps_it_when_it_is_handed_back(callers, leases):
 
 
 def test_a_job_behind_thousands_of_cancelled_ones_is_found_without_a_pause(callers, leases, redis):
-    for i in range(2500):
-        redis.rpush(f"rq:queue:{QUEUE}", f"job_gone{i}")
+    redis.rpush(f"rq:queue:{QUEUE}", *(f"job_gone{i}" for i in range(2500)))
     job_id = callers.submit()
     turns = [leases.claim(QUEUE, is_idle=False) for _ in range(3)]
     assert turns[:2] == [Turn.AGAIN, Turn.AGAIN]

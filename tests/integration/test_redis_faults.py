@@ -17,8 +17,8 @@ from tests.servers import redis_binaries, redis_server
 
 @pytest.fixture(scope="module")
 def built(forks, tmp_path_factory):
-    """A service with two workers, whose leases last a second, and a step a fiftieth of one."""
-    about = {"SAFELIGHT_LEASE_SECONDS": "1", STEP_VARIABLE: "0.02"}
+    """A service with two workers, whose leases last two seconds, and a step a fiftieth of one."""
+    about = {"SAFELIGHT_LEASE_SECONDS": "2", STEP_VARIABLE: "0.02"}
     with service(tmp_path_factory.mktemp("redis"), forks, on_disk=True, **about) as built:
         built.start_all()
         yield built
@@ -41,7 +41,7 @@ def finish(built, history_file, job_ids):
 def test_a_redis_that_stood_still_for_longer_than_a_lease_has_nobody_taken_for_dead(built, tmp_path):
     job_ids = start_long(built, steps=200)
     built.redis_server.pause()
-    time.sleep(2.5)
+    time.sleep(3.5)
     built.redis_server.resume()
     verdict = finish(built, tmp_path / "history.jsonl", job_ids)
     assert verdict.is_clean, verdict
@@ -51,7 +51,7 @@ def test_a_redis_that_stood_still_for_longer_than_a_lease_has_nobody_taken_for_d
 def test_a_redis_that_was_killed_for_longer_than_a_lease_has_nobody_taken_for_dead(built, tmp_path):
     job_ids = start_long(built, steps=200)
     built.redis_server.kill()
-    time.sleep(2.5)
+    time.sleep(3.5)
     built.redis_server.start()
     began = time.monotonic()
     built.wait_until(built.is_ready, 5)

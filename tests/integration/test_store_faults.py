@@ -19,9 +19,9 @@ MAX_RUNS = 6
 
 @pytest.fixture(scope="module")
 def built(forks, tmp_path_factory):
-    """A service with a worker that holds six pictures at most; its lease lasts a second."""
+    """A service with a worker that holds six pictures at most; its lease lasts two seconds."""
     folder = tmp_path_factory.mktemp("store")
-    about = {"SAFELIGHT_LEASE_SECONDS": "1", "SAFELIGHT_MAX_RUNS": str(MAX_RUNS)}
+    about = {"SAFELIGHT_LEASE_SECONDS": "2", "SAFELIGHT_MAX_RUNS": str(MAX_RUNS)}
     with service(folder, forks, **about) as built:
         built.start_all(workers=1)
         yield built
@@ -42,7 +42,7 @@ def test_while_the_store_fails_pictures_wait_in_bounded_number_and_no_job_succee
 ):
     built.store.fail(mode)
     job_ids = [built.submit(seed=i) for i in range(MAX_RUNS * 2)]
-    time.sleep(1.5)  # longer than a lease
+    time.sleep(2.5)  # longer than a lease
     assert built.redis.zcard(keys.LEASES) == MAX_RUNS
     assert {built.job(job_id)["status"] for job_id in job_ids} == {"queued", "processing"}
     built.store.fail("ok")

@@ -109,6 +109,14 @@ def test_the_denoiser_goes_on_as_if_it_had_never_stopped(tmp_path, kept, pool, w
     assert at_once == after_a_stop
 
 
+def test_few_poses_are_the_first_of_each_concept_and_colour():
+    concept, colour = np.repeat([0, 1], 6), np.tile([-1, -1, -1, -1, 4, 4], 2)
+    plain, coloured = np.flatnonzero(colour < 0), np.flatnonzero(colour >= 0)
+    few = denoiser.in_few_poses(denoiser.Latents(torch.zeros(12), concept, colour, plain, coloured))
+    assert few.plain.tolist() == [0, 1, 6, 7]
+    assert few.coloured.tolist() == [4, 10]
+
+
 def test_a_finished_training_does_nothing_more(kept, pool, work):
     before = (work / "denoiser.pt").stat().st_mtime_ns
     assert np.isnan(denoiser.train(work, kept, pool, 10, 2, "cpu"))
