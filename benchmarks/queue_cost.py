@@ -2,7 +2,7 @@
 
     python -m benchmarks.queue_cost [--jobs 100,10000,1000000] [--seconds 5]
 
-Time of a call is Redis' own, from INFO commandstats: all that may grow with the queue happens there.
+The time of a call is its caller's, who waits for it alone; beside it what Redis itself says it took (INFO commandstats).
 """
 
 import argparse
@@ -69,21 +69,23 @@ def fill(redis: Redis, count: int) -> None:
         pipeline.execute()
 
 
-async def cost(redis: AsyncRedis, call: Callable[[], Awaitable[object]]) -> float:
-    """Microseconds of Redis' time a call takes: the mean of many, in the quietest of some rounds."""
-    means = []
+async def cost(redis: AsyncRedis, call: Callable[[], Awaitable[object]]) -> tuple[float, float]:
+    """Microseconds a call takes, the caller's and Redis': each the mean of many, in the quietest of some rounds."""
+    callers, servers = [], []
     await call()
     for _ in range(ROUNDS):
         await redis.config_resetstat()
+        began = time.perf_counter()
         for _ in range(CALLS):
             await call()
+        callers.append((time.perf_counter() - began) / CALLS * 1e6)
         stats = await redis.info("commandstats")
         ours = [about["usec"] for name, about in stats.items() if "config" not in name and "info" not in name]
-        means.append(sum(ours) / CALLS)
-    return min(means)
+        servers.append(sum(ours) / CALLS)
+    return min(callers), min(servers)
 
 
-async def costs(url: str) -> dict[str, float]:
+async def costs(url: str) -> dict[str, tuple[float, float]]:
     """Of each call, with the jobs that wait now; as many wait afterwards."""
     redis = connect_async(url)
     queue = JobQueue(redis, retention_ms=86_400_000)
@@ -117,15 +119,20 @@ def flat(sizes: list[int], folder: Path) -> None:
     server.start()
     redis = connect(server.url, timeout=120)
     empty = redis.info("memory")["used_memory"]
-    first: dict[str, float] = {}
+    first: dict[str, tuple[float, float]] = {}
     waiting = 0
     for size in sizes:
         fill(redis, size - waiting)
         used = (redis.info("memory")["used_memory"] - empty) / size
         found = asyncio.run(costs(server.url))
         first = first or found
-        told = ", ".join(f"{name} {us:.0f} us (x{us / first[name]:.2f})" for name, us in found.items())
-        print(f"{size:>9} waiting: {told}; {used:.0f} bytes a job", flush=True)
+        print(f"{size} waiting, {used:.0f} bytes a job", flush=True)
+        for name, (caller, own) in found.items():
+            ratio, own_ratio = caller / first[name][0], own / first[name][1]
+            print(
+                f"  {name:<7} {caller:5.0f} us (x{ratio:.2f}), of that Redis {own:4.0f} us (x{own_ratio:.2f})",
+                flush=True,
+            )
         waiting = redis.zcard(keys.WAITING + keys.queue_name(MODEL))
     server.kill()
 

@@ -10,13 +10,14 @@ import torch
 from models.train import autoencoder, denoiser, lora, pictures
 from models.train.evaluate import evaluate
 from models.train.export import export
+from models.train.seed import seed
 from models.train.sources import Emoji, emojis
 from models.train.timing import timing
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "models" / "emoji"
 # How many steps the published weights had: where the learning rate would be zero, and where training ended.
-STEPS = {"autoencoder": 3800, "decoder": 560, "denoiser": 8300, "lora": 300}
+STEPS = {"autoencoder": 3800, "decoder": 560, "denoiser": 5300, "lora": 300}
 UNTIL = STEPS | {"autoencoder": 2700}
 SMOKE = 50  # steps of each part in a trial of the whole way
 TRIAL = ("fetch", "autoencoder", "decoder", "denoiser", "lora", "export")
@@ -35,7 +36,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
-    parser.add_argument("part", choices=("all", *ALL))
+    parser.add_argument("part", choices=("all", "seed", *ALL), help="seed: go on from the published weights")
     parser.add_argument("--work", type=Path, default=ROOT / "var" / "train", help="packages, checkpoints, sheets")
     parser.add_argument("--target", type=Path, help="the model's folder; models/emoji, in a trial WORK/emoji")
     parser.add_argument("--steps", type=int, help=f"of a training, after which its rate is zero; {STEPS}")
@@ -59,6 +60,9 @@ def run(part: str, options: argparse.Namespace) -> str:
         if target == BUNDLED:
             _publish(work / "evaluation")
         return json.dumps(figures, indent=1)
+    if part == "seed":
+        seed(BUNDLED, work, UNTIL["denoiser"])
+        return f"the published weights as checkpoints in {work}; go on with denoiser --steps N --until N"
     kept, pool = pictures.pool(work)
     if part in STEPS:
         return _train(part, kept, pool, options)
