@@ -2,7 +2,7 @@
 
     python -m benchmarks.queue_cost [--jobs 100,10000,1000000] [--seconds 5]
 
-The time of a call is its caller's, who waits for it alone; beside it what Redis itself says it took (INFO commandstats).
+A call's time is its caller's, who waits for it alone; beside it what Redis itself says it took (INFO commandstats).
 """
 
 import argparse

@@ -203,7 +203,7 @@ def test_a_worker_hands_back_what_its_grace_period_does_not_suffice_for(tmp_path
 def test_rq_info_against_a_running_service_harms_no_job(running):
     import subprocess
 
-    job = running.submit(num_inference_steps=200)
+    job = running.submit(num_inference_steps=250, num_images=4)  # long enough for a slow start of rq
     running.wait_until(lambda: running.job(job["id"])["progress"], 30)
     from tests.house import COMMAND
 
