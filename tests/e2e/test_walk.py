@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -209,7 +210,7 @@ def test_rq_info_against_a_running_service_harms_no_job(running):
 
     redis_url = running.environment["SAFELIGHT_REDIS_URL"]
     told = subprocess.run(
-        [COMMAND.replace("safelight", "rq"), "info", "-u", redis_url], capture_output=True, text=True, check=True
+        [Path(COMMAND).with_name("rq"), "info", "-u", redis_url], capture_output=True, text=True, check=True
     )
     assert "1 executing" in told.stdout
     running.wait(job["id"])
