@@ -31,6 +31,16 @@ SENTENCES = (
     "a nice {} on white",
     "draw me a {}",
 )
+# Words people put around a thing that change nothing in its picture: the model learns to look past them.
+FILLERS = (
+    *("big", "little", "tiny", "large", "cute", "pretty", "lovely", "fine", "simple", "real", "new", "young", "great"),
+    *("good", "happy", "shiny", "bright", "modern", "classic", "typical", "famous", "tasty", "fresh", "clean"),
+)
+TAILS = (
+    *("in the morning", "at night", "in summer", "in the city", "on a table", "on the street", "from the market"),
+    *("for children", "for my friend", "with love", "from far away", "at home", "for the party", "in the garden"),
+    *("to look at", "to play", "with details", "seen from the side", "in 3d", "please"),
+)
 # What CLIP's tokenizer splits text into (openai/CLIP, simple_tokenizer.py), without its special cases for contractions.
 PIECES = r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -47,21 +57,33 @@ def caption(emoji: Emoji, colour: str | None, rng: random.Random) -> str:  # noq
         return ""
     if colour:
         return _with_colour(name(emoji), colour, rng)
-    if chance < 0.42:
+    if chance < 0.38:
         return name(emoji)
-    if chance < 0.6:
-        return rng.choice(SENTENCES).format(name(emoji))
+    if chance < 0.58:
+        return _sentence(name(emoji), rng)
     tags = [t for t in emoji.keywords if t.isascii()]
     if not tags:
         return name(emoji)
-    if chance < 0.72:
-        return rng.choice((rng.choice(tags), rng.choice(SENTENCES).format(rng.choice(tags))))
+    if chance < 0.82:
+        tag = rng.choice(tags)
+        return rng.choice((tag, tag, _sentence(tag, rng)))
     some = rng.sample(tags, min(len(tags), rng.randint(1, 3)))
-    if chance < 0.86:
+    if chance < 0.92:
         some.insert(rng.randrange(len(some) + 1), name(emoji))
         return " ".join(some)
     joint = rng.choice((" of ", " with ", " and ", " "))
     return rng.choice(("a ", "the ", "")) + joint.join((some[0], name(emoji)))
+
+
+def _sentence(what: str, rng: random.Random) -> str:
+    if rng.random() < 0.4:
+        return rng.choice(SENTENCES).format(what)
+    words = [rng.choice(("a", "the", "one", "my", "some"))]
+    words += rng.sample(FILLERS, rng.choice((0, 1, 1, 2)))
+    words.append(what)
+    if rng.random() < 0.5:
+        words.append(rng.choice(TAILS))
+    return " ".join(words)
 
 
 def _with_colour(what: str, colour: str, rng: random.Random) -> str:
