@@ -1,8 +1,8 @@
 """Intake: is this upload a picture we may decode, and if so, the same picture written anew.
 
 What comes out was encoded by us: no metadata, no colour profile, nothing after the picture's end, one frame, upright.
-Decoding is where a hostile file strikes: call `clean_image` in a process of its own with bounded memory, never in one
-that serves or paints. Pillow comes with the `worker` extra.
+Decoding is where a hostile file strikes: `clean_image` runs in image_child.py, a process with bounded memory and
+time, never in one that serves or paints. Pillow comes with the `api` and `worker` extras.
 """
 
 import io
@@ -31,9 +31,14 @@ class CleanImage:
     height: int
 
 
+def load_decoders() -> None:
+    """Import the decoders that `clean_image` uses, so that processes forked from this one have them."""
+    from PIL import ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401, PLC0415
+
+
 def clean_image(upload: bytes) -> CleanImage:
     """Decode a PNG, JPEG or WebP of one frame and encode it anew. Raises ImageRefused."""
-    from PIL import Image, ImageOps  # noqa: PLC0415  # the API imports this module and has no Pillow
+    from PIL import Image, ImageOps  # noqa: PLC0415  # the API imports this module, and its process decodes nothing
 
     if len(upload) > MAX_BYTES:
         raise ImageRefused(f"The image has {len(upload)} bytes; at most {MAX_BYTES} are accepted.")

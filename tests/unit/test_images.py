@@ -3,6 +3,7 @@ import resource
 import struct
 import time
 import zlib
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -119,6 +120,25 @@ def test_another_format_is_refused(upload):
 def test_a_real_picture_of_another_format_is_refused(kind):
     with pytest.raises(ImageRefused):
         clean_image(encoded(picture(), kind))
+
+
+def test_no_other_format_that_pillow_reads_is_ever_opened(monkeypatch):
+    Image.init()
+    others = sorted(set(Image.OPEN) - {"PNG", "JPEG", "MPO", "WEBP"})
+    assert len(others) > 35
+    opened, files = [], []
+    for kind in others:
+        for mode in ("RGB", "P", "1"):
+            with suppress(Exception):  # not every format is written, or in every mode
+                files.append(encoded(picture(mode=mode), kind))
+    assert len(files) > 30
+    for kind in others:
+        monkeypatch.setitem(Image.OPEN, kind, (lambda *_, kind=kind: opened.append(kind), None))
+    for upload in files:
+        for magic in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"):
+            with pytest.raises(ImageRefused):
+                clean_image(magic + upload)
+    assert opened == []
 
 
 @pytest.mark.parametrize("kind", FORMATS)
