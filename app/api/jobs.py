@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from app.api.auth import Caller, needs
+from app.api.auth import Caller, Identity, needs
 from app.api.deps import Deps, Services
 from app.api.problems import responses
 from app.api.schemas import JobFilter, JobRequest, ListResponse
@@ -76,7 +76,7 @@ async def submit_job(
     prefer: Prefer = None,
 ) -> JobView:
     """Queue a job. The reply has its id and links; with `Prefer: wait` it may have its pictures."""
-    job, is_new = await deps.queue.submit(caller.tenant, _submission(body, request, deps, idempotency_key))
+    job, is_new = await enqueue(body, caller, deps, request.state.request_id, idempotency_key)
     if not is_new:
         response.headers["Idempotent-Replayed"] = "true"
     if (seconds := _preferred_wait(prefer)) is not None:
@@ -88,7 +88,17 @@ async def submit_job(
     return shown
 
 
-def _submission(body: JobRequest, request: Request, deps: Services, idempotency_key: str | None) -> Submission:
+async def enqueue(
+    body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
+) -> tuple[Job, bool]:
+    """The one way a request becomes a job, whatever its dialect: the job, and whether it is new.
+
+    Raises what the request's checks and the queue raise.
+    """
+    return await deps.queue.submit(caller.tenant, _submission(body, deps, request_id, idempotency_key))
+
+
+def _submission(body: JobRequest, deps: Services, request_id: str, idempotency_key: str | None) -> Submission:
     if body.webhook:
         deps.guard.check_url(body.webhook.url)
     canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
@@ -100,7 +110,7 @@ def _submission(body: JobRequest, request: Request, deps: Services, idempotency_
         metadata=body.metadata,
         idempotency_key=idempotency_key,
         fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
-        request_id=request.state.request_id,
+        request_id=request_id,
     )
 
 
