@@ -10,7 +10,7 @@ BIN := .venv/bin
 run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
-test: check servers
+test: check servers tests/node/node_modules
 	$(BIN)/pytest -q
 
 # The full run of faults, five minutes and more: make chaos CHAOS="--seed 7 --jobs 1000", --help for all of them.
@@ -37,6 +37,11 @@ servers:
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	  else echo "make test needs these Debian packages (or their like):$$missing" >&2; exit 1; fi; fi
+
+# What the tests take from npm; node itself comes as a wheel.
+tests/node/node_modules: tests/node/package.json tests/node/package-lock.json | .venv/dev.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix tests/node --no-audit --no-fund --silent
+	@touch $@
 
 # Set-up: pip into .venv with the constraints file. Without a GPU the CPU index is used where it answers.
 .venv/pip.stamp:

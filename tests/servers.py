@@ -1,4 +1,4 @@
-"""Real servers for the tests, each on a free loopback port: Valkey, Debian's Redis if it is installed, moto's S3."""
+"""Real servers for the tests, each on a free loopback port: Valkey, Debian's Redis if installed, moto's S3, s3rver."""
 
 import shutil
 import signal
@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "safelight", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
+S3RVER_ENVIRONMENT = S3_ENVIRONMENT | {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}  # it has no others
+S3RVER = Path(__file__).parent / "node" / "node_modules" / "s3rver" / "bin" / "s3rver.js"
 
 
 def free_port() -> int:
@@ -93,10 +95,11 @@ def redis_server(folder: Path, binary: Path | None = None, appendfsync: str = "a
 
 @dataclass
 class S3Server:
-    """Moto's S3 over real HTTP, in memory: what it holds goes with the process."""
+    """An S3 server over real HTTP; `environment` is what its clients need."""
 
     port: int
     process: subprocess.Popen[bytes]
+    environment: dict[str, str] = field(default_factory=lambda: S3_ENVIRONMENT)
 
     @property
     def endpoint(self) -> str:
@@ -108,29 +111,44 @@ class S3Server:
         client = boto3.client(
             "s3",
             endpoint_url=self.endpoint,
-            aws_access_key_id=S3_ENVIRONMENT["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
-            region_name=S3_ENVIRONMENT["AWS_REGION"],
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.environment["AWS_REGION"],
         )
         client.create_bucket(Bucket=name)
         client.close()
 
     def storage_url(self, bucket: str, prefix: str = "") -> str:
-        """What SAFELIGHT_STORAGE_URL must say; S3_ENVIRONMENT must be in the environment too."""
+        """What SAFELIGHT_STORAGE_URL must say; `environment` must be in the environment too."""
         return f"s3://{bucket}/{prefix}?endpoint={quote(self.endpoint, safe='')}&region=us-east-1"
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
-    """A started S3 server without buckets; its log lies in `folder`."""
+    """Moto's S3, without buckets and in memory: what it holds goes with the process; its log lies in `folder`."""
     port = free_port()
-    log_path = folder / "s3.log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _started(command, port, folder / "s3.log") as process:
+        yield S3Server(port, process)
+
+
+@contextmanager
+def s3rver(folder: Path) -> Iterator[S3Server]:
+    """s3rver, without buckets, its objects in `folder`: unlike moto it refuses a presigned URL that has expired."""
+    port = free_port()
+    node = shutil.which("node", path=Path(sys.executable).parent) or "node"
+    command = [node, str(S3RVER), "--directory", str(folder), "--address", "127.0.0.1", "--port", str(port)]
+    with _started(command, port, folder / "s3rver.log") as process:
+        yield S3Server(port, process, S3RVER_ENVIRONMENT)
+
+
+@contextmanager
+def _started(command: list[str], port: int, log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log_path.open("ab") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         _wait_until(lambda: _listens(port), process, log_path)
-        yield S3Server(port, process)
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -15,7 +15,7 @@ import standardwebhooks
 
 from tests.house import STARTING, house
 from tests.receiver import receiver
-from tests.servers import S3_ENVIRONMENT, redis_binaries, redis_server, s3_server
+from tests.servers import redis_binaries, redis_server, s3_server, s3rver
 
 SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
 SEED = 20261124
@@ -164,14 +164,12 @@ def test_a_job_of_a_killed_worker_succeeds_in_a_new_one_with_one_result_and_one_
 
 
 @pytest.mark.skipif("redis" not in redis_binaries(), reason="redis-server is not installed; make test installs it")
-def test_the_same_walk_on_debians_redis_and_an_s3_server(tmp_path):
-    with (
-        redis_server(tmp_path, redis_binaries()["redis"]) as server,
-        s3_server(tmp_path) as store,
-    ):
+@pytest.mark.parametrize("kind", [s3_server, s3rver], ids=["moto", "s3rver"])
+def test_the_same_walk_on_debians_redis_and_an_s3_server(tmp_path, kind):
+    with redis_server(tmp_path, redis_binaries()["redis"]) as server, kind(tmp_path) as store:
         store.make_bucket("pictures")
         url = store.storage_url("pictures", "safelight")
-        with house(tmp_path, server.url, SAFELIGHT_STORAGE_URL=url, **S3_ENVIRONMENT) as built:
+        with house(tmp_path, server.url, SAFELIGHT_STORAGE_URL=url, **store.environment) as built:
             built.start_all()
             done = check_walk(built)
             assert store.endpoint in done["outputs"][0]["url"]

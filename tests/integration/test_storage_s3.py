@@ -9,7 +9,7 @@ import pytest
 
 from app.core.errors import NotFound, StorageUnavailable
 from app.core.storage import BucketStorage, job_prefix, object_key, open_storage
-from tests.servers import S3_ENVIRONMENT, free_port, s3_server
+from tests.servers import S3_ENVIRONMENT, free_port, s3_server, s3rver
 
 KEY = "jobs/job_abc/1/0.png"
 
@@ -134,6 +134,20 @@ def test_a_presigned_url_gives_the_object_with_its_content_type(bucket):
     bucket.put(KEY, b"image", "image/png")
     reply = httpx2.get(bucket.sign(KEY, 60), trust_env=False)
     assert (reply.status_code, reply.content, reply.headers["content-type"]) == (200, b"image", "image/png")
+
+
+def test_a_presigned_url_that_has_expired_gives_nothing(tmp_path, monkeypatch):
+    with s3rver(tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        server.make_bucket("images")
+        bucket = opened(server.storage_url("images", "safelight"))
+        bucket.put(KEY, b"image", "image/png")
+        soon, later = bucket.sign(KEY, 1), bucket.sign(KEY, 60)
+        time.sleep(2.1)  # signed times are whole seconds
+        assert httpx2.get(later, trust_env=False).content == b"image"
+        refused = httpx2.get(soon, trust_env=False)
+        assert (refused.status_code, b"expired" in refused.content) == (403, True)
 
 
 def test_the_prefix_keeps_two_services_apart_in_one_bucket(bucket, s3):
