@@ -15,7 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from redis.exceptions import RedisError
 
-from app.api import events, files, jobs, keys, models, ops, usage, webhooks, workers
+from app.api import events, files, jobs, keys, models, ops, uploads, usage, webhooks, workers
 from app.api.auth import authenticate, check_exposure
 from app.api.deps import PLACES, Services
 from app.api.middleware import BodyLimit, RequestContext
@@ -28,12 +28,15 @@ from app.core.connections import check_server, connect, connect_async
 from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
 from app.core.events import Hub
+from app.core.image_inputs import ImageInputs
+from app.core.image_process import ImageProcesses
 from app.core.job import JobStatus
 from app.core.metrics import ApiMetrics, api_metrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings, redis_url, url_secret
 from app.core.storage import DiskStorage, Storage, open_storage
 from app.core.tenants import open_secrets
+from app.core.uploads import Uploads
 
 log = structlog.get_logger()
 
@@ -74,16 +77,22 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         redis = connect_async(redis_url(settings))
         hub = Hub(redis)
+        queue = JobQueue(redis, retention_ms=settings.retention_ms)
+        uploads = Uploads(redis, storage, retention_ms=int(settings.upload_retention * 1000))
+        processes = ImageProcesses()
+        guard = AddressGuard(settings.image_allow)
         app.state.services = Services(
             settings=settings,
             catalog=catalog,
             metrics=metrics,
             redis=redis,
-            queue=JobQueue(redis, retention_ms=settings.retention_ms),
+            queue=queue,
             storage=storage,
             hub=hub,
             keys=KeyRing(redis),
             guard=AddressGuard(settings.webhook_allow),
+            uploads=uploads,
+            inputs=ImageInputs(queue, storage, uploads, processes, guard),
             endpoints=Endpoints(redis),
             secrets=open_secrets(settings, redis),
             places=asyncio.Semaphore(PLACES),
@@ -97,6 +106,7 @@ def _lifespan(
             with suppress(asyncio.CancelledError):
                 await deadlines
             await hub.stop()
+            await processes.close()
             await redis.aclose()
 
     return lifespan
@@ -130,7 +140,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> No
 
 
 def _add_routes(app: FastAPI, storage: Storage) -> None:
-    guarded = (jobs, events, webhooks, keys, usage, models, workers, ops)
+    guarded = (jobs, uploads, events, webhooks, keys, usage, models, workers, ops)
     for router in (module.router for module in guarded):
         # Not left to the routes: one that forgot to ask who calls would be open.
         app.include_router(router, dependencies=[Depends(authenticate)], responses=responses(401, 403, 503))

@@ -33,6 +33,7 @@ default = {default}
 created = 1700000000
 schedulers = ["ddim", "euler"]
 examples = ["a red heart"]
+tasks = ["text_to_image", "image_to_image", "inpainting", "tiling"]
 [models.{name}.defaults]
 width = 64
 height = 64
@@ -197,7 +198,7 @@ class PretendWorker:
     def step(self, job, step, steps=20):
         job_id, fence = job
         progress = json.dumps({"phase": "denoising", "step": step, "steps": steps})
-        assert keys.BEAT.run(self.redis, 15_000, job_id, fence, progress) == []
+        assert keys.BEAT.run(self.redis, 15_000, job_id, fence, progress)[0] == []
 
     def store(self, job_id, attempt=1):
         key = object_key(job_id, attempt, 0, "png")

@@ -14,12 +14,14 @@ from app.core.api_keys import KeyRing
 from app.core.catalog import Catalog
 from app.core.endpoints import Endpoints
 from app.core.events import Hub
+from app.core.image_inputs import ImageInputs
 from app.core.job import Job, JobStatus, JobView, view
 from app.core.metrics import ApiMetrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings
 from app.core.storage import Storage
 from app.core.tenants import Secrets
+from app.core.uploads import Uploads
 
 PLACES: Final = 16
 URL_SECONDS: Final = 3600  # how long an output's URL works
@@ -38,6 +40,8 @@ class Services:
     hub: Hub
     keys: KeyRing
     guard: AddressGuard
+    uploads: Uploads
+    inputs: ImageInputs
     endpoints: Endpoints
     secrets: Secrets
     places: asyncio.Semaphore  # of streams and waits that read a job at the same moment; the rest is for requests

@@ -37,11 +37,11 @@ async def get_file(
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "Cross-Origin-Resource-Policy": "cross-origin",
     }
-    _, job_id, _, name = key.split("/")
+    _, owner, *_, name = key.split("/")
     return FileResponse(
         path,
         headers=headers,
         media_type=content_type_of(key),
-        filename=f"{job_id}-{name}",
+        filename=f"{owner}-{name}",
         content_disposition_type="inline",
     )

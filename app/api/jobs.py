@@ -17,7 +17,6 @@ from app.core.api_keys import Scope
 from app.core.errors import NotFound
 from app.core.events import OfJob
 from app.core.job import Job, JobStatus, JobView
-from app.core.params import complete
 from app.core.queue import Submission
 from app.core.storage import job_prefix
 
@@ -95,15 +94,17 @@ async def enqueue(
 
     Raises what the request's checks and the queue raise.
     """
-    return await deps.queue.submit(caller.tenant, _submission(body, deps, request_id, idempotency_key))
+    return await deps.queue.submit(caller.tenant, await _submission(body, caller, deps, request_id, idempotency_key))
 
 
-def _submission(body: JobRequest, deps: Services, request_id: str, idempotency_key: str | None) -> Submission:
+async def _submission(
+    body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None
+) -> Submission:
     if body.webhook:
         deps.guard.check_url(body.webhook.url)
     canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
     return Submission(
-        params=complete(body.generation(), deps.catalog),
+        params=await deps.inputs.complete(caller.tenant, body.generation(), deps.catalog),
         priority=body.priority,
         deadline_seconds=body.deadline_seconds,
         webhook=body.webhook,

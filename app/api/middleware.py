@@ -18,6 +18,12 @@ from app.core.metrics import ApiMetrics
 log = structlog.get_logger()
 
 MAX_BODY: Final = 1024 * 1024  # bytes
+LARGER: Final = {  # bytes, where pictures come along: base64 in JSON, or as they are
+    "/v1/jobs": 8 * 2**20,
+    "/v1/uploads": 21 * 2**20,
+    "/v1/images/edits": 43 * 2**20,  # an image and its mask
+    "/v1/images/variations": 21 * 2**20,
+}
 BODY_SECONDS: Final = 30.0  # from the request's head to the end of its body
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNLOGGED: Final = frozenset({"/livez", "/readyz", "/metrics", "/metrics/targets"})  # asked every few seconds
@@ -75,7 +81,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies over `MAX_BODY` and those that take longer than `BODY_SECONDS`.
+    """Refuses bodies over `MAX_BODY` (or what `LARGER` says of a path) and those that take longer than `BODY_SECONDS`.
 
     FastAPI's own limit answers in plain text, outside all middleware; nothing else limits the time.
     """
@@ -87,8 +93,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if _content_length(scope) > MAX_BODY:
-            reply = problem(TooLarge(f"a body has at most {MAX_BODY} bytes"), scope["state"]["request_id"])
+        most = LARGER.get(scope["path"], MAX_BODY)
+        if _content_length(scope) > most:
+            reply = problem(TooLarge(f"a body has at most {most} bytes"), scope["state"]["request_id"])
             reply.headers["connection"] = "close"  # the rest of the body is not read
             await reply(scope, receive, send)
             return
@@ -106,9 +113,9 @@ class BodyLimit:
                 raise HTTPException(408, headers={"connection": "close"}) from None
             is_complete = not message.get("more_body")
             size += len(message.get("body", b""))
-            if size > MAX_BODY:
+            if size > most:
                 # Not TooLarge: FastAPI lets only this class pass while it reads a body.
-                raise HTTPException(413, f"a body has at most {MAX_BODY} bytes", {"connection": "close"})
+                raise HTTPException(413, f"a body has at most {most} bytes", {"connection": "close"})
             return message
 
         await self.app(scope, receive_limited, send)

@@ -7,6 +7,7 @@ from app.api.deps import Deps
 from app.api.schemas import ListResponse, ModelView
 from app.core.api_keys import Scope
 from app.core.catalog import ModelSpec
+from app.core.tasks import tasks_of
 
 router = APIRouter(tags=["models"])
 
@@ -31,5 +32,8 @@ def _view(spec: ModelSpec, *, is_default: bool, is_served: bool) -> ModelView:
         limits=spec.limits,
         defaults=spec.defaults,
         schedulers=list(spec.schedulers),
+        loras=list(spec.loras),
+        tasks=tasks_of(spec),
+        controls=list(spec.controlnets),
         examples=list(spec.examples),
     )

@@ -94,6 +94,30 @@ class JobFilter(BaseModel):
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,17}$", description="The next_cursor of an earlier page.")
 
 
+class UploadFilter(BaseModel):
+    """Which uploads to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(20, ge=1, le=100)
+    cursor: str | None = Field(None, pattern=r"^[0-9]{1,17}$", description="The next_cursor of an earlier page.")
+
+
+class UploadView(BaseModel):
+    """A picture that was handed in, as it is kept: a PNG without metadata."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    url: str = Field(description="It expires; get the upload again for a fresh one.")
+    width: int
+    height: int
+    content_type: Literal["image/png"] = "image/png"
+    bytes: int
+    sha256: str
+    created_at: datetime
+    expires_at: datetime = Field(description="It lives longer while the record of a job that uses it does.")
+
+
 class ListResponse(BaseModel, Generic[T]):
     """A page of a list; `next_cursor` is null on the last one."""
 
@@ -116,6 +140,8 @@ class ModelView(BaseModel):
     defaults: Defaults
     schedulers: list[str]
     loras: list[str] = []
+    tasks: list[str] = Field(description="What it can be asked for.", examples=[["text_to_image", "inpainting"]])
+    controls: list[str] = Field([], description="The types of its ControlNets.")
     examples: list[str] = Field(description="Prompts that work well.")
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
@@ -103,11 +103,14 @@ class Job:
     deadline_at: float | None = None
     progress: Progress | None = None
     outputs: tuple[Output, ...] = ()
+    uploads: Mapping[str, str] = field(default_factory=dict)  # those its params name -> their storage keys
     error: JobFailure | None = None
     timings: Timings | None = None
     webhook: Webhook | None = None
     metadata: Mapping[str, Any] | None = None
     request_id: str | None = None
+    batch_id: str | None = None
+    batch_index: int | None = None  # which of the batch's requests it is, from 0
     queue_position: int | None = None  # 0: next in its lane; known only to those who ask for it
 
     @property
@@ -123,9 +126,14 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 def new_job_id() -> str:
-    """A fresh id: 48 bits of time and 80 of chance in Crockford's base 32 (the ULID layout), so ids sort by age."""
+    """A fresh id: see `new_id`."""
+    return new_id("job")
+
+
+def new_id(kind: str) -> str:
+    """48 bits of time and 80 of chance in Crockford's base 32 (the ULID layout), so ids of a kind sort by age."""
     number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
-    return "job_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+    return f"{kind}_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def job_from_hash(fields: Mapping[str, str], *, position: int | None = None) -> Job:
@@ -147,11 +155,14 @@ def job_from_hash(fields: Mapping[str, str], *, position: int | None = None) -> 
         deadline_at=_seconds(fields.get("deadline_at")),
         progress=_parsed(Progress, fields.get("progress")),
         outputs=_OUTPUTS.validate_json(fields.get("outputs", "[]")),
+        uploads=dict(pair.split("=", 1) for pair in fields.get("uploads", "").split(",") if pair),
         error=_parsed(JobFailure, fields.get("error")),
         timings=_parsed(Timings, fields.get("timings")),
         webhook=_webhook(fields),
         metadata=json.loads(fields["metadata"]) if "metadata" in fields else None,
         request_id=fields.get("request_id"),
+        batch_id=fields.get("batch"),
+        batch_index=int(fields["batch_index"]) if "batch_index" in fields else None,
         queue_position=position,
     )
 
@@ -203,6 +214,8 @@ class JobView(BaseModel):
     outputs: list[OutputView]
     error: JobFailure | None
     metadata: dict[str, Any]
+    batch_id: str | None
+    batch_index: int | None
     created_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
@@ -227,6 +240,8 @@ def view(job: Job, public_url: str, sign: Callable[[Output], str]) -> JobView:
         outputs=[OutputView(url=sign(o), **o.model_dump(exclude={"key"})) for o in job.outputs],
         error=job.error,
         metadata=dict(job.metadata or {}),
+        batch_id=job.batch_id,
+        batch_index=job.batch_index,
         created_at=_time(job.created_at),
         started_at=_time(job.started_at) if job.started_at else None,
         completed_at=_time(job.completed_at) if job.completed_at else None,

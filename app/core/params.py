@@ -1,16 +1,24 @@
 """GenerationParams: everything that decides a picture, complete, checked against the model's limits, and frozen."""
 
 import secrets
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.core.catalog import MAX_STEPS, Catalog, ModelName, ModelSpec
 from app.core.errors import InvalidParams
+from app.core.tasks import Size, check_strength, check_task, default_size, default_strength, unique
 
 MAX_SEED = 2**32 - 1
 MAX_LORAS = 4
 OutputFormat = Literal["png", "jpeg", "webp"]
+MAX_CONTROLS = 3
+Variation = Literal["subtle", "strong"]
+UpscaleMethod = Literal["model", "resample"]
+MaskChannel = Literal["luminance", "alpha"]
+# A data URL, an https URL, "upload_..." or "job_.../N"; in a job's params it is always "upload_...".
+ImageInput = Annotated[str, StringConstraints(min_length=1, max_length=8 * 2**20)]
 Prompt = Annotated[str, StringConstraints(max_length=10_000)]
 
 
@@ -21,6 +29,33 @@ class Lora(BaseModel):
 
     name: ModelName
     weight: float = Field(1.0, ge=-4, le=4)
+
+
+class Margins(BaseModel):
+    """Pixels to add at each side of an image, in the image's own pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    left: int = Field(0, ge=0, le=8192)
+    top: int = Field(0, ge=0, le=8192)
+    right: int = Field(0, ge=0, le=8192)
+    bottom: int = Field(0, ge=0, le=8192)
+
+    @model_validator(mode="after")
+    def _is_something(self) -> Self:
+        if not (self.left or self.top or self.right or self.bottom):
+            raise ValueError("at least one side must grow")
+        return self
+
+
+class Control(BaseModel):
+    """A picture that steers the making by a ControlNet of the model, and how much: edges, depth, a pose, ready-made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    type: ModelName
+    image: ImageInput
+    scale: float = Field(1.0, ge=0, le=2)
 
 
 class GenerationRequest(BaseModel):
@@ -40,6 +75,23 @@ class GenerationRequest(BaseModel):
     scheduler: str | None = Field(None, max_length=64, description="A noise scheduler of the model.")
     output_format: OutputFormat | None = None
     loras: list[Lora] | None = Field(None, max_length=MAX_LORAS, description="Adapters of the model, one upon another.")
+    image: ImageInput | None = Field(
+        None, description="What to start from: an upload's id, `job_.../N` (output N of a job), a data or https URL."
+    )
+    strength: float | None = Field(None, ge=0, le=1, description="How much of the image is painted anew.")
+    mask: ImageInput | None = Field(None, description="Of the image's size: white is painted anew, black is kept.")
+    mask_channel: MaskChannel | None = Field(None, description="alpha: what is transparent is painted anew.")
+    outpaint: Margins | None = Field(None, description="Go on painting beyond the image's edges.")
+    variation: Variation | None = Field(None, description="Other pictures like the image.")
+    upscale: Literal[2, 4] | None = Field(None, description="Make the image so many times as wide and high.")
+    upscale_method: UpscaleMethod | None = Field(
+        None, description="An upscaling model, where the catalog has one, else resampling with a light repaint."
+    )
+    controls: list[Control] | None = Field(None, max_length=MAX_CONTROLS)
+    tiling: bool | None = Field(None, description="A picture that repeats without a seam.")
+    grid: bool | None = Field(None, description="One more output, of role grid: all images on one sheet.")
+    output_quality: int | None = Field(None, ge=1, le=100, description="Of jpeg and webp; 92 if absent.")
+    embed_metadata: bool | None = Field(None, description="Write the parameters into the file, as A1111 does.")
     reproducible: bool | None = Field(None, description="Bit for bit the same picture whatever else is being made.")
 
 
@@ -60,23 +112,66 @@ class GenerationParams(BaseModel):
     scheduler: str
     output_format: OutputFormat
     loras: tuple[Lora, ...] = ()
+    image: str | None = None  # an upload's id
+    strength: float | None = None
+    mask: str | None = None  # an upload's id
+    mask_channel: MaskChannel = "luminance"
+    outpaint: Margins | None = None
+    variation: Variation | None = None
+    upscale: Literal[2, 4] | None = None
+    upscale_method: UpscaleMethod | None = None
+    controls: tuple[Control, ...] = ()
+    tiling: bool = False
+    grid: bool = False
+    output_quality: int | None = None
+    embed_metadata: bool = False
     reproducible: bool = False
+
+    @property
+    def uploads(self) -> tuple[str, ...]:
+        """The ids of all uploads it is made from."""
+        return unique((self.image, self.mask, *(control.image for control in self.controls)))
 
     def seed_of(self, image: int) -> int:
         """The seed of image `image` (0-based) of the job."""
         return (self.seed + image) % (MAX_SEED + 1)
 
 
-def complete(request: GenerationRequest, catalog: Catalog) -> GenerationParams:
-    """Fill in the model's defaults, draw the seed, check the limits. Raises ModelNotFound, InvalidParams."""
-    spec = catalog.get(request.model)
+def complete(request: GenerationRequest, catalog: Catalog, sizes: Mapping[str, Size] | None = None) -> GenerationParams:
+    """Fill in the model's defaults, draw the seed, check the limits. Raises ModelNotFound, InvalidParams.
+
+    Images are uploads' ids by now (image_inputs.py sees to that), and `sizes` are those of their pictures.
+    """
+    request, spec = settled(request, catalog)
     given = {k: v for k, v in request.model_dump(exclude={"model"}).items() if v is not None}
     drawn = {"seed": secrets.randbelow(MAX_SEED + 1), "num_images": 1, "output_format": "png"}
+    drawn |= {"strength": default_strength(request)}
+    if request.image is not None:
+        size = default_size(request, (sizes or {})[request.image], spec)
+        drawn |= {"width": size.width, "height": size.height}
     params = GenerationParams.model_validate({"model": spec.name, **spec.defaults.model_dump(), **drawn, **given})
     _check_unused(request, spec)
     _check(params, spec)
     _check_loras(params, spec)
+    check_strength(params)
     return params
+
+
+def settled(request: GenerationRequest, catalog: Catalog) -> tuple[GenerationRequest, ModelSpec]:
+    """The request and the model that will do it: of an upscale the model's own upscaler, where there is one.
+
+    What it asks for was checked as far as that can be without its images. Raises ModelNotFound, InvalidParams.
+    """
+    spec = catalog.get(request.model)
+    if request.upscale is not None and request.upscale_method is None:
+        has_one = str(request.upscale) in spec.upscalers or "upscaling" in spec.tasks
+        request = request.model_copy(update={"upscale_method": "model" if has_one else "resample"})
+    if request.upscale_method == "model" and str(request.upscale) in spec.upscalers:
+        spec = catalog.get(spec.upscalers["4" if request.upscale == 4 else "2"])
+    check_task(request, spec)
+    if request.output_quality is not None and (request.output_format or "png") == "png":
+        raise InvalidParams("output_quality must be left out: a png loses nothing; ask for jpeg or webp")
+    return request, spec
 
 
 def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
@@ -99,10 +194,7 @@ def _check_loras(params: GenerationParams, spec: ModelSpec) -> None:
 
 def _check(params: GenerationParams, spec: ModelSpec) -> None:
     limits = spec.limits
-    for name in ("width", "height"):
-        _check_side(name, getattr(params, name), spec)
-    if params.width * params.height > limits.max_pixels:
-        raise InvalidParams(f"width x height must be at most {limits.max_pixels} pixels for model {spec.name!r}")
+    _check_size(params, spec)
     if params.scheduler not in spec.schedulers:
         raise InvalidParams(f"scheduler must be one of {', '.join(spec.schedulers)} for model {spec.name!r}")
     for name, most in (
@@ -115,6 +207,21 @@ def _check(params: GenerationParams, spec: ModelSpec) -> None:
     for name in ("prompt", "negative_prompt"):
         if len(getattr(params, name)) > limits.max_prompt:
             raise InvalidParams(f"{name} must have at most {limits.max_prompt} characters for model {spec.name!r}")
+
+
+def _check_size(params: GenerationParams, spec: ModelSpec) -> None:
+    """The model's limits; of an upscale they hold for the picture before it grows."""
+    limits, factor = spec.limits, params.upscale or 1
+    pixels = params.width * params.height
+    if pixels > limits.max_pixels * factor**2:
+        raise InvalidParams(f"width x height must be at most {limits.max_pixels} pixels for model {spec.name!r}")
+    if params.upscale and pixels > limits.max_upscaled_pixels:
+        raise InvalidParams(f"width x height must be at most {limits.max_upscaled_pixels} pixels after upscaling")
+    for name in ("width", "height"):
+        side = getattr(params, name)
+        if side % factor:
+            raise InvalidParams(f"{name} must be a multiple of {factor}, as upscale asks, got {side}")
+        _check_side(name if factor == 1 else f"{name} before upscaling", side // factor, spec)
 
 
 def _check_side(name: str, value: int, spec: ModelSpec) -> None:

@@ -14,7 +14,15 @@ from redis.exceptions import RedisError
 
 from app.core import failpoints
 from app.core import redis_keys as keys
-from app.core.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound, Overloaded, QueueUnavailable
+from app.core.errors import (
+    Conflict,
+    IdempotencyMismatch,
+    InvalidParams,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    QueueUnavailable,
+)
 from app.core.job import Job, JobStatus, Priority, Webhook, job_from_hash, new_job_id
 from app.core.params import GenerationParams
 
@@ -63,12 +71,12 @@ class JobQueue:
         Overloaded where it is nearly full.
         """
         job_id = new_job_id()
-        lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority)
+        lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority, tenant)
         digest = hashlib.sha256(submission.idempotency_key.encode()).hexdigest() if submission.idempotency_key else ""
-        async with _reachable():
+        async with reachable():
             await self._check_memory()
             failpoints.reach("before_submit")
-            outcome, found = await keys.SUBMIT.call(
+            outcome, found, *_bucket = await keys.SUBMIT.call(
                 self._redis,
                 job_id,
                 tenant,
@@ -77,9 +85,12 @@ class JobQueue:
                 submission.fingerprint or "-",
                 self._retention_ms,
                 json.dumps(_fields(submission)),
+                "",
                 *_rq_fields(job_id, lane),
             )
             failpoints.reach("after_submit", found)
+        if outcome == "no_upload":
+            raise InvalidParams(f"there is no upload {found}: it has expired or was deleted; upload the picture again")
         if outcome == "mismatch":
             raise IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")
         return await self.get(tenant, found), outcome == "created"
@@ -93,7 +104,7 @@ class JobQueue:
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
         """Stop a job for good, whatever it is doing; a finished one stays as it is. Raises NotFound."""
-        async with _reachable():
+        async with reachable():
             status = await keys.CANCEL.call(self._redis, job_id, tenant, self._retention_ms)
         if status is None:
             raise NotFound("there is no such job")
@@ -101,7 +112,7 @@ class JobQueue:
 
     async def expire(self) -> "Texts":
         """End the jobs whose deadline has passed; the model of each that had not ended yet."""
-        async with _reachable():
+        async with reachable():
             found = await keys.EXPIRE.call(self._redis, EXPIRE_LIMIT, self._retention_ms)
         return [json.loads(params)["model"] for params in found[1::2]]
 
@@ -110,7 +121,7 @@ class JobQueue:
         job = await self.get(tenant, job_id)
         if not job.status.is_final:
             raise Conflict(f"job {job_id} is {job.status}; cancel it first")
-        async with _reachable():
+        async with reachable():
             await keys.PURGE.call(self._redis, job_id)
 
     async def list(
@@ -119,7 +130,7 @@ class JobQueue:
         """A page of jobs, newest first. Raises InvalidRequest for a cursor that no page gave."""
         index = f"{keys.JOBS}{tenant}" + (f":{status}" if status else "")
         most = f"({_position(cursor)}" if cursor else "+inf"
-        async with _reachable():
+        async with reachable():
             found: list[Any] = await self._redis.zrange(
                 index, most, "-inf", byscore=True, desc=True, offset=0, num=limit + 1, withscores=True
             )
@@ -128,18 +139,17 @@ class JobQueue:
 
     async def depth(self, queue: str) -> tuple[int, float | None]:
         """How many jobs wait in a queue, and since when the oldest does (seconds since the epoch)."""
-        async with _reachable():
+        async with reachable():
+            work: Any = await self._redis.hgetall(keys.WORK + queue)
             pipeline = self._redis.pipeline(transaction=False)
-            for lane in keys.lanes(queue):
-                pipeline.zcard(keys.WAITING + lane)
+            for lane in (name for name in work if name.startswith(queue)):
                 pipeline.zrange(keys.WAITING + lane, 0, 0, withscores=True)
-            found = await pipeline.execute()
-        oldest = [first[0][1] / 1e6 for first in found[1::2] if first]
-        return sum(found[::2]), min(oldest, default=None)
+            oldest = [first[0][1] / 1e6 for first in await pipeline.execute() if first]
+        return int(work.get("jobs", 0)), min(oldest, default=None)
 
     async def ping(self) -> None:
         """Raises QueueUnavailable where Redis does not answer."""
-        async with _reachable():
+        async with reachable():
             await self._redis.ping()
 
     async def _check_memory(self) -> None:
@@ -153,7 +163,7 @@ class JobQueue:
             raise Overloaded("the queue's memory is nearly full; try again later", retry_after=10)
 
     async def _read(self, job_ids: Texts) -> Jobs:
-        async with _reachable():
+        async with reachable():
             pipeline = self._redis.pipeline(transaction=False)
             for job_id in job_ids:
                 pipeline.hgetall(keys.JOB + job_id)
@@ -167,7 +177,8 @@ class JobQueue:
 
 
 @asynccontextmanager
-async def _reachable() -> AsyncIterator[None]:
+async def reachable() -> AsyncIterator[None]:
+    """Raises QueueUnavailable for what is raised within when Redis is away."""
     try:
         yield
     except (RedisError, OSError) as error:
@@ -183,6 +194,8 @@ def _position(cursor: str) -> int:
 def _fields(submission: Submission) -> dict[str, str]:
     # Without defaults: a worker of the version before can read a job that asks for nothing new.
     fields = {"params": submission.params.model_dump_json(exclude_defaults=True)}
+    if uploads := submission.params.uploads:
+        fields["uploads"] = ",".join(uploads)
     if submission.deadline_seconds:
         fields["deadline_seconds"] = str(submission.deadline_seconds)
     if submission.webhook:

@@ -1,6 +1,7 @@
 """Retention: what is past its time goes, first a job's objects, then its record, so that no object is left unnamed.
 
 And what an attempt stored that never committed goes, an hour after it ended: its worker meant to, and may have died.
+An upload goes the other way about, its record first, because its object's key is remembered until it is gone.
 """
 
 import time
@@ -32,6 +33,7 @@ def sweep(redis: Redis, storage: Storage) -> int:
         finally:
             pool.shutdown(cancel_futures=True)  # a store that fails or hangs is not asked for the rest of a batch
     _sweep_abandoned(redis, storage)
+    _sweep_uploads(redis, storage)
     return swept
 
 
@@ -41,6 +43,14 @@ def _sweep_abandoned(redis: Redis, storage: Storage) -> None:
         if redis.hget(keys.JOB + job_id, "committed") != fence:
             storage.delete_prefix(attempt_prefix(job_id, int(fence)))
         redis.zrem(keys.ABANDONED, entry)
+
+
+def _sweep_uploads(redis: Redis, storage: Storage) -> None:
+    for upload_id in _due(redis, keys.UPLOAD_EXPIRY):
+        keys.FORGET_UPLOAD.run(redis, upload_id, "expired")
+    for key in _due(redis, keys.STRAY_OBJECTS):
+        storage.delete(key)
+        redis.zrem(keys.STRAY_OBJECTS, key)
 
 
 def _due(redis: Redis, index: str = keys.RETENTION) -> list[str]:

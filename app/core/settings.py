@@ -45,9 +45,15 @@ class Settings(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="CPU threads of a forward; more are slower on shared cores")
     max_batch: int | Literal["auto"] = "auto"
     max_runs: int = Field(64, ge=1, le=4096, description="images admitted at once")
+    spool_memory: int = Field(64 << 20, ge=0, description="bytes of pictures that wait for the store, in memory")
+    spool_disk: int = Field(1 << 30, ge=0, description="bytes of them in files beyond that")
     lease_seconds: float = Field(15, ge=1, le=3600)
     grace_seconds: float = Field(60, ge=0, le=3600)
     retention: float = Field(86400, ge=60, description="seconds until a finished job, its objects and its key go")
+    upload_retention: float = Field(86400, ge=60, description="seconds until an upload goes that no job uses")
+    image_allow: Annotated[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode] = Field(
+        (), description="networks that pictures may be fetched from though they are not public"
+    )
     api_key: SecretStr | None = None
     webhook_secret: SecretStr | None = None
     webhook_allow: Annotated[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode] = ()
@@ -59,7 +65,7 @@ class Settings(BaseSettings):
         "http://127.0.0.1:8000", description="the service the CLI asks"
     )
 
-    @field_validator("serve", "webhook_allow", "cors_origins", mode="before")
+    @field_validator("serve", "webhook_allow", "image_allow", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

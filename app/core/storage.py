@@ -1,7 +1,8 @@
 """Storage: where the bytes of finished images live, an S3-like bucket or the local disk, behind one set of verbs.
 
 Keys are made here from ids and numbers only, never from anything a caller wrote:
-`jobs/{job_id}/{attempt}/{index}.{extension}`. URLs are signed when asked for, never stored.
+`jobs/{job_id}/{attempt}/{index}.{extension}`, `uploads/{upload_id}/{chance}.png`. URLs are signed when asked for, never
+stored.
 """
 
 import hashlib
@@ -33,7 +34,10 @@ if TYPE_CHECKING:  # obstore's type names do not exist at run time
 CONTENT_TYPES = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}  # by extension
 
 _JOB_ID = r"[A-Za-z0-9_-]{1,64}"
-_KEY = re.compile(rf"jobs/{_JOB_ID}/[0-9]{{1,19}}/[0-9]{{1,4}}\.({'|'.join(CONTENT_TYPES)})", re.ASCII)
+_KEY = re.compile(
+    rf"jobs/{_JOB_ID}/[0-9]{{1,19}}/[0-9]{{1,4}}\.({'|'.join(CONTENT_TYPES)})|uploads/{_JOB_ID}/[0-9a-f]{{16}}\.png",
+    re.ASCII,
+)
 _PREFIX = re.compile(rf"jobs/{_JOB_ID}(/[0-9]{{1,19}})?", re.ASCII)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", re.ASCII)
 
@@ -66,6 +70,13 @@ def object_key(job_id: str, attempt: int, index: int, extension: str) -> str:
     return key
 
 
+def upload_key(upload_id: str, chance: str) -> str:
+    """The key of an upload's picture; `chance` is 16 hex digits, so that no object is ever written over."""
+    key = f"uploads/{upload_id}/{chance}.png"
+    assert is_key(key), f"{key!r} is no storage key"
+    return key
+
+
 def job_prefix(job_id: str) -> str:
     """What the keys of all attempts of a job begin with."""
     return f"jobs/{job_id}"
@@ -77,7 +88,7 @@ def attempt_prefix(job_id: str, attempt: int) -> str:
 
 
 def is_key(text: str) -> bool:
-    """Whether `text` has exactly the form that `object_key` gives; anything else names no object of ours."""
+    """Whether `text` has exactly a form that we give; anything else names no object of ours."""
     return _KEY.fullmatch(text) is not None
 
 
@@ -102,6 +113,9 @@ class Storage(ABC):
     @abstractmethod
     def put(self, key: str, body: bytes, content_type: str) -> None:
         """Store an object whole or not at all, and look that it is there with its full size."""
+
+    async def put_async(self, key: str, body: bytes, content_type: str) -> None:
+        await to_thread(self.put, key, body, content_type)
 
     @abstractmethod
     def sign(self, key: str, expires_seconds: int) -> str:

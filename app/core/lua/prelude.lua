@@ -11,9 +11,6 @@ local function now()
   return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
 end
 
--- A queue has a lane for each priority; what concerns all of them is kept under the queue's own name.
-local function queue_of(lane) return string.match(lane, '^[^:]+') end
-
 -- An attempt that nobody will commit may have left objects; an hour from now no process of it can still be writing.
 local function abandon(id, fence, at) redis.call('ZADD', ABANDONED, at + 3600000, id .. '/' .. fence) end
 
@@ -55,6 +52,18 @@ local function remember(key, line)
   redis.call('HSET', key, 'log', log)
 end
 
+-- Keep an upload at least until then. Returns its record (field, value, ...), or nil where there is none.
+local function prolong_upload(id, expires_at)
+  local key = UPLOAD .. id
+  local known = redis.call('HGET', key, 'expires_at')
+  if not known then return nil end
+  if tonumber(known) < expires_at then
+    redis.call('HSET', key, 'expires_at', expires_at)
+    redis.call('ZADD', UPLOAD_EXPIRY, expires_at, id)
+  end
+  return redis.call('HGETALL', key)
+end
+
 local function put_delivery(id, fields, at)
   local flat = {'created_at', at, 'attempts', 0}
   for name, value in pairs(fields) do
@@ -67,34 +76,43 @@ local function put_delivery(id, fields, at)
   redis.call('PUBLISH', OUTBOX_BELL, id)
 end
 
--- Write the webhooks beside the status, one for each destination: the sender finds them even if every other process
--- dies now.
-local function enqueue_webhooks(id, job, status, at)
-  local kind, snapshot = 'job.' .. status, nil
-  local function put(name, url, endpoint)
-    if redis.call('EXISTS', DELIVERY .. name) == 1 then return end
-    if not snapshot then
-      local record = hash(JOB .. id)
-      record.id = id
-      snapshot = cjson.encode(record)
-    end
-    put_delivery(name, {type = kind, url = url, tenant = job.tenant, job = snapshot, job_id = id, endpoint = endpoint}, at)
-    redis.call('SADD', JOB_DELIVERIES .. id, name)
+-- Write an event's deliveries beside it, one for each destination: the sender finds them even if every other process
+-- dies now. `url` is the one that the request named, or nil; `snapshot()` gives what the delivery is about, as fields.
+local function enqueue_deliveries(name, kind, tenant, about, url, at, snapshot)
+  local fields = nil
+  local function put(delivery, to, endpoint)
+    if redis.call('EXISTS', DELIVERY .. delivery) == 1 then return end
+    fields = fields or snapshot()
+    fields.type, fields.tenant, fields.url, fields.endpoint = kind, tenant, to, endpoint
+    put_delivery(delivery, fields, at)
+    redis.call('SADD', JOB_DELIVERIES .. about, delivery)
   end
 
-  if status == 'queued' then return end
-  local name = 'msg_' .. string.sub(id, 5) .. '_' .. status
-  if job.webhook_url and string.find(',' .. job.webhook_events .. ',', ',' .. kind .. ',', 1, true) then
-    put(name, job.webhook_url, nil)
-  end
-  for endpoint, text in pairs(hash(ENDPOINTS .. job.tenant)) do
-    local about = cjson.decode(text)
-    for _, wanted in ipairs(about.events) do
+  if url then put(name, url, nil) end
+  for endpoint, text in pairs(hash(ENDPOINTS .. tenant)) do
+    local registered = cjson.decode(text)
+    for _, wanted in ipairs(registered.events) do
       if wanted == kind and redis.call('HEXISTS', HEALTH .. endpoint, 'disabled') == 0 then
-        put(name .. '_' .. endpoint, about.url, endpoint)
+        put(name .. '_' .. endpoint, registered.url, endpoint)
       end
     end
   end
+end
+
+-- What a delivery holds of a job or a batch, as it is now.
+local function snapshot_of(key, id)
+  local record = hash(key)
+  record.id = id
+  return cjson.encode(record)
+end
+
+local function enqueue_webhooks(id, job, status, at)
+  if status == 'queued' then return end
+  local kind = 'job.' .. status
+  local is_wanted = job.webhook_url and string.find(',' .. job.webhook_events .. ',', ',' .. kind .. ',', 1, true)
+  enqueue_deliveries('msg_' .. string.sub(id, 5) .. '_' .. status, kind, job.tenant, id,
+                     is_wanted and job.webhook_url or nil, at,
+                     function() return {job = snapshot_of(JOB .. id, id), job_id = id} end)
 end
 
 -- What a tenant has used, by the day (of 86,400 s since the epoch).
@@ -102,6 +120,55 @@ local function charge(tenant, at, images, denoiser_seconds)
   local key, day = USAGE .. tenant, string.format('%d', math.floor(at / 86400000))
   redis.call('HINCRBY', key, day .. ':images', images)
   redis.call('HINCRBY', key, day .. ':denoiser_ms', math.floor(1000 * (tonumber(denoiser_seconds) or 0) + 0.5))
+end
+
+-- A batch ends once all its members have, and none is still to be queued.
+local function close_batch(id, at, retention)
+  local key = BATCH .. id
+  local held = redis.call('HMGET', key, 'status', 'total', 'n:succeeded', 'n:failed', 'n:canceled', 'n:expired', 'tenant')
+  if held[1] ~= 'processing' and held[1] ~= 'canceling' then return end
+  local ended = 0
+  for i = 3, 6 do ended = ended + tonumber(held[i] or '0') end
+  if ended < tonumber(held[2]) then return end
+  -- One that was cancelled when all had been made already is complete.
+  local status = held[1] == 'canceling' and tonumber(held[5] or '0') > 0 and 'canceled' or 'completed'
+  redis.call('HSET', key, 'status', status, 'completed_at', at, 'expires_at', at + retention)
+  redis.call('ZADD', BATCH_RETENTION, at + retention, id)
+  redis.call('ZREM', BATCH_WORK, id)
+  redis.call('SREM', BATCHES_OPEN .. held[7], id)
+  publish(id, 'status', cjson.encode({status = status, at = at}))
+  enqueue_deliveries('msg_' .. string.sub(id, 7) .. '_completed', 'batch.completed', held[7], id,
+                     redis.call('HGET', key, 'webhook_url') or nil, at,
+                     function() return {batch = snapshot_of(key, id), batch_id = id} end)
+end
+
+-- A member of a batch enters a status; `job` is as it was before.
+local function enter_batch(id, job, status, at, retention)
+  local batch = job.batch
+  local key, members = BATCH .. batch, BATCH_JOBS .. batch
+  if redis.call('EXISTS', key) == 0 then return end
+  if job.status then
+    redis.call('HINCRBY', key, 'n:' .. job.status, -1)
+    redis.call('ZREM', members .. ':' .. job.status, id)
+    publish(batch, 'job', cjson.encode({job = id, index = tonumber(job.batch_index), status = status, at = at}))
+  else
+    redis.call('ZADD', members, job.batch_index, id)
+  end
+  redis.call('HINCRBY', key, 'n:' .. status, 1)
+  redis.call('ZADD', members .. ':' .. status, job.batch_index, id)
+  if FINAL[status] then close_batch(batch, at, retention) end
+end
+
+local function forget_batch(id)
+  local held = redis.call('HMGET', BATCH .. id, 'tenant', 'idempotency')
+  redis.call('UNLINK', BATCH .. id, BATCH_PLAN .. id, BATCH_JOBS .. id, EVENTS .. id)
+  for status in pairs(RQ_STATUS) do redis.call('UNLINK', BATCH_JOBS .. id .. ':' .. status) end
+  redis.call('ZREM', BATCH_RETENTION, id)
+  redis.call('ZREM', BATCH_WORK, id)
+  if not held[1] then return end
+  redis.call('ZREM', BATCHES .. held[1], id)
+  redis.call('SREM', BATCHES_OPEN .. held[1], id)
+  if held[2] then redis.call('DEL', IDEMPOTENCY .. held[1] .. ':' .. held[2]) end
 end
 
 -- The one place a job's status changes: record, indexes, RQ's view, event and webhook together.
@@ -119,7 +186,9 @@ local function enter(id, status, at, retention)
     redis.call('ZREM', WAITING .. job.queue, id)
   end
   if status ~= 'processing' then redis.call('ZREM', LEASES, id) end
+  keep_sums(job, status)
   if FINAL[status] then
+    redis.call('DEL', PREVIEWS .. id)
     redis.call('HSET', key, 'completed_at', at)
     redis.call('HDEL', key, 'worker')
     redis.call('ZADD', RETENTION, at + retention, id)
@@ -129,6 +198,7 @@ local function enter(id, status, at, retention)
   publish(id, 'status', cjson.encode({status = status, at = at}))
   publish_to_tenant(job.tenant, id, status, at)
   enqueue_webhooks(id, job, status, at)
+  if job.batch then enter_batch(id, job, status, at, retention) end
 end
 
 -- Put a job that was processing back: nobody's commit for the old fence counts any more.
@@ -143,6 +213,7 @@ local function requeue(id, lane, at, alone, is_last)
     redis.call('RPUSH', ALONE .. queue_of(lane), id)
   else
     redis.call(is_last and 'RPUSH' or 'LPUSH', RQ .. 'queue:' .. lane, id)
+    line_up(lane)
   end
   redis.call('PUBLISH', WAKE, queue_of(lane))
 end

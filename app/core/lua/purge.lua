@@ -13,5 +13,10 @@ redis.call('ZREM', JOBS .. job.tenant .. ':' .. job.status, id)
 redis.call('ZREM', RQ .. RQ_REGISTRY[job.status] .. job.queue, id)
 redis.call('ZREM', RETENTION, id)
 redis.call('ZREM', DEADLINES, id)
+if job.batch then
+  redis.call('ZREM', BATCH_JOBS .. job.batch, id)
+  redis.call('ZREM', BATCH_JOBS .. job.batch .. ':' .. job.status, id)
+end
+for upload in string.gmatch(job.uploads or '', 'upload_%w+') do redis.call('SREM', UPLOAD_JOBS .. upload, id) end
 if job.idempotency then redis.call('DEL', IDEMPOTENCY .. job.tenant .. ':' .. job.idempotency) end
 return 1
