@@ -65,7 +65,7 @@ def fill(redis: Redis, count: int) -> None:
             job_id = new_job_id()
             call = json.dumps(["safelight.job", None, [job_id], {}], separators=(",", ":"))
             rq = ["created_at", rq_time(), "data", call, "origin", lane]
-            pipeline.evalsha(keys.SUBMIT.sha, 0, job_id, TENANT, lane, "", "-", 86_400_000, fields, *rq)
+            pipeline.evalsha(keys.SUBMIT.sha, 0, job_id, TENANT, lane, "", "-", 86_400_000, fields, "", *rq)
         pipeline.execute()
 
 

@@ -22,7 +22,7 @@ from app.core.errors import InvalidRequest, NotFound
 
 TTL_SECONDS: Final = 1.0  # how long a process trusts what it read
 USE_SECONDS: Final = 60.0  # how often the time of a key's last use is written, at most
-DEFAULT_TENANT: Final = "default"
+DEFAULT_TENANT: Final = keys.DEFAULT_TENANT
 MAX_NAME: Final = 100  # characters
 TENANT_FORM: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _BASE62: Final = string.digits + string.ascii_letters

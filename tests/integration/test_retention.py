@@ -24,7 +24,7 @@ def finish(redis, storage, job_id, retention_ms=0):
     queue = keys.queue_name("tiny")
     fields = json.dumps({"params": json.dumps(PARAMS)})
     rq = ["created_at", rq_time(), "origin", queue]
-    keys.SUBMIT.run(redis, job_id, "default", queue, f"digest-{job_id}", "print", 3_600_000, fields, *rq)
+    keys.SUBMIT.run(redis, job_id, "default", queue, f"digest-{job_id}", "print", 3_600_000, fields, "", *rq)
     keys.CANCEL.run(redis, job_id, "default", retention_ms)
     storage.put(object_key(job_id, 1, 0, "png"), b"pixels", "image/png")
 

@@ -1,11 +1,13 @@
 -- Pop the next job of one queue and take it, in one step: there is no moment at which a job is popped and unclaimed.
--- ARGV: worker, queue, lease (ms), '1' if the worker has nothing else in hand, RQ's time text, ticket.
+-- ARGV: worker, queue, lease (ms), '1' if the worker has nothing else in hand, RQ's time text, ticket, how many jobs a
+-- tenant may run at once unless its own limit says otherwise (0: any number), then tenants whose turn is let pass.
 -- The same ticket again means that the reply was lost: the job it took is given once more.
 -- Returns nil (nothing waits), {'again'} (there were so many cancelled ids that this was enough for one step), {'drain'}
 -- (become empty first: a job that must run alone waits for you), or {'job', id, fence, alone, fields...}.
 local worker, queue, lease, idle, rq_time = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1', ARGV[5]
 local ticket = ARGV[6]
-local HIGH, NORMAL, LOW = queue .. ':high', queue, queue .. ':low'
+local default_cap, passed = tonumber(ARGV[7] or 0), {}
+for i = 8, #ARGV do passed[ARGV[i]] = true end
 local at = now()
 
 local function is_queued(id) return id and redis.call('HGET', JOB .. id, 'status') == 'queued' end
@@ -65,16 +67,49 @@ local function pop(lane)
   return 'again'
 end
 
--- Of thirteen jobs nine are from the high lane, three from the normal and one from the low one, while all have some.
-local TURNS = {HIGH, HIGH, HIGH, NORMAL, HIGH, HIGH, HIGH, NORMAL, HIGH, HIGH, HIGH, NORMAL, LOW}
-local function next_job()
-  local waiting = redis.call('EXISTS', WAITING .. HIGH, WAITING .. NORMAL, WAITING .. LOW)
+-- Of thirteen jobs of a share nine are from the high lane, three from the normal and one from the low one, while all
+-- have some.
+local function pop_share(share)
+  local high, low = share .. ':high', share .. ':low'
+  local turns = {high, high, high, share, high, high, high, share, high, high, high, share, low}
+  local waiting = redis.call('EXISTS', WAITING .. high, WAITING .. share, WAITING .. low)
   if waiting == 0 then return nil end
-  local first = NORMAL
-  if waiting > 1 then first = TURNS[redis.call('INCR', LANE_TURN .. queue) % #TURNS + 1] end
-  for _, lane in ipairs({first, HIGH, NORMAL, LOW}) do
+  local first = share
+  if waiting > 1 then
+    first = turns[redis.call('INCR', LANE_TURN .. share) % #turns + 1]
+    redis.call('EXPIRE', LANE_TURN .. share, 86400)
+  end
+  for _, lane in ipairs({first, high, share, low}) do
     local id = pop(lane)
     if id then return id end
+  end
+end
+
+-- The share that was given least, by its weight, has its turn. One without jobs, or whose tenant may run no more, leaves
+-- the ring, so that nobody looks at it twice.
+local function next_job()
+  local place = 0
+  while true do
+    local first = redis.call('ZRANGE', SHARES .. queue, place, place, 'WITHSCORES')
+    local share, virtual = first[1], tonumber(first[2])
+    if not share then return nil end
+    local tenant = tenant_of(share)
+    local own = redis.call('HMGET', LIMITS .. tenant, 'max_running', 'weight')
+    local cap = tonumber(own[1] or default_cap)
+    if passed[tenant] then
+      place = place + 1
+    elseif cap > 0 and redis.call('ZCARD', JOBS .. tenant .. ':processing') >= cap then
+      redis.call('SADD', CAPPED .. tenant, share)
+      rest(share, virtual)
+    else
+      local id = pop_share(share)
+      if id == 'again' then return id end
+      if id then
+        charge_share(share, virtual, work_of({work = redis.call('HGET', JOB .. id, 'work') or nil}), tonumber(own[2] or 1))
+        return id
+      end
+      rest(share, virtual)
+    end
   end
 end
 
