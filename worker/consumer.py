@@ -26,6 +26,8 @@ from worker.leases import Claim
 from worker.pipelines.load import WarmModel
 from worker.pipelines.tasks import runs_for
 from worker.reaper import Reaper
+from worker.viewers import Viewers
+from worker.witness import Witness
 
 log = structlog.get_logger()
 IDLE_SECONDS: Final = 0.5  # the longest sleep of an idle loop
@@ -67,18 +69,35 @@ class Consumer(BaseWorker):
         self.bell = threading.Event()
         self.held: dict[str, HeldJob] = {}
         self._grace_seconds = grace_seconds
+        self._made: SimpleQueue[HeldJob] = SimpleQueue()
         self._ended: SimpleQueue[tuple[HeldJob, JobStatus | None]] = SimpleQueue()
         self._stop_at: float | None = None  # monotonic: when the grace period ends
         self._is_final = False
 
-    def use(self, intake: Intake, heart: Heart, pulse: Pulse, finisher: Finisher, reaper: Reaper) -> None:
-        """The threads around the loop; they need the consumer, so they come after it."""
+    def use(
+        self,
+        intake: Intake,
+        heart: Heart,
+        pulse: Pulse,
+        finisher: Finisher,
+        reaper: Reaper,
+        *,
+        viewers: Viewers,
+        witness: Witness,
+    ) -> None:
+        """What is around the loop; most of it needs the consumer, so it comes after it."""
         self.intake, self.heart, self.pulse, self.finisher, self.reaper = intake, heart, pulse, finisher, reaper
+        self.viewers, self.witness = viewers, witness
 
     def request_stop(self, signum: int | None, frame: FrameType | None) -> None:
         """The first signal drains, the second is final. Nothing is raised from here: RQ's own handler loses jobs so."""
         self._is_final = self._stop_at is not None
         self._stop_at = self._stop_at or time.monotonic() + self._grace_seconds
+        self.bell.set()
+
+    def make_room(self, held: HeldJob) -> None:
+        """Called by the finisher's threads: all of a job's pictures are made, and others may take its place."""
+        self._made.put(held)
         self.bell.set()
 
     def end(self, held: HeldJob, status: JobStatus | None) -> None:
@@ -120,6 +139,7 @@ class Consumer(BaseWorker):
             self.bell.clear()
             self.pulse.rested()
         else:
+            self.witness.look(self.held.values())
             failpoints.reach("before_step")
             finished = self.engine.step()
             failpoints.reach("after_step")
@@ -149,6 +169,7 @@ class Consumer(BaseWorker):
             held.is_dropped = True
             self.finisher.pass_on(held, UNREADABLE)
             return
+        self.witness.look([held])
         try:
             failpoints.reach("before_start", claim.id)
             held.runs = runs_for(self.models[claim.job.params.model], claim.job.params, claim.id)
@@ -172,6 +193,8 @@ class Consumer(BaseWorker):
                 self._drop(held, "canceled")
         for held in _drained(self.heart.lost):
             self._drop(held, "lost")
+        for held in _drained(self._made):
+            self._leave_room(held)
         for held, status in _drained(self._ended):
             self._forget(held, status)
 
@@ -196,6 +219,8 @@ class Consumer(BaseWorker):
         now = time.monotonic()
         for held in self.held.values():
             held.observe(now)
+            if held.is_watched:
+                self.viewers.show(held)
         for run in finished:
             job_id, _, index = run.id.partition("/")
             held = self.held[job_id]
@@ -203,6 +228,7 @@ class Consumer(BaseWorker):
                 continue
             if run.error is None:
                 self.finisher.store(held, int(index), run.result)
+                run.result = run.sketch = None  # it may wait for the store for long, and only its bytes are needed
             else:
                 self._fail(held, _told(run, held))
 
@@ -215,7 +241,8 @@ class Consumer(BaseWorker):
         if self.held.get(held.id) is not held:
             return
         del self.held[held.id]
-        self.room.leave(held.images)
+        self.viewers.forget(held)
+        self._leave_room(held)
         self.intake.look()
         model = held.model
         self.metrics.runs_in_flight.labels(model).dec(len(held.runs))
@@ -230,8 +257,15 @@ class Consumer(BaseWorker):
             for name, value in held.timings.model_dump(exclude={"queue_seconds"}).items():
                 self.metrics.phase_seconds.labels(model, name.removesuffix("_seconds")).observe(value)
 
+    def _leave_room(self, held: HeldJob) -> None:
+        if held.has_room:
+            held.has_room = False
+            self.room.leave(held.images, held.claim.tenant)
+            self.intake.look()
+
     def _leave(self) -> None:
         self.intake.close()
+        self.viewers.close()
         self.finisher.close(at_once=self._is_final)
         self.reaper.close()
         self.heart.close()

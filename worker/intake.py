@@ -1,6 +1,7 @@
 """Intake: the threads that ask Redis for work and hear of cancellations, so that the step loop never does."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Final
@@ -18,33 +19,50 @@ AWAY_SECONDS: Final = 0.5  # between tries while Redis is away
 
 
 class Room:
-    """How many images this worker has in hand, and whether there is room for more."""
+    """How many images this worker has in hand, and whether there is room for more.
 
-    def __init__(self, size: int) -> None:
-        self._size, self._images, self._alone = size, 0, False
+    The last quarter is for tenants who hold less than a quarter: who comes while another's flood is being made finds a
+    place, and the batcher does the rest.
+    """
+
+    def __init__(self, size: int, has_space: Callable[[], bool] = lambda: True) -> None:
+        """`has_space`: whether more finished pictures may wait for the store."""
+        self._has_space = has_space
+        self._size, self._reserve, self._alone = size, size // 4, False
+        self._held: Counter[str] = Counter()  # images by tenant
         self._lock = threading.Lock()
 
     @property
     def is_empty(self) -> bool:
-        return self._images == 0
+        return self.images == 0
 
     @property
     def has_room(self) -> bool:
-        return self._images < self._size and not self._alone
+        return self.images < self._size and not self._alone and self._has_space()
 
     @property
     def images(self) -> int:
-        return self._images
-
-    def enter(self, images: int, *, is_alone: bool) -> None:
         with self._lock:
-            self._images += images
+            return self._held.total()
+
+    @property
+    def passing(self) -> list[str]:
+        """The tenants for whom there is no room now."""
+        with self._lock:
+            if self._held.total() < self._size - self._reserve:
+                return []
+            return [tenant for tenant, images in self._held.items() if images >= max(self._reserve, 1)]
+
+    def enter(self, images: int, tenant: str, *, is_alone: bool) -> None:
+        with self._lock:
+            self._held[tenant] += images
             self._alone = self._alone or is_alone
 
-    def leave(self, images: int) -> None:
+    def leave(self, images: int, tenant: str) -> None:
         with self._lock:
-            self._images -= images
-            self._alone = self._alone and self._images > 0
+            self._held[tenant] -= images
+            self._held += Counter()  # forgets who holds nothing
+            self._alone = self._alone and self._held.total() > 0
 
 
 class Intake:
@@ -100,10 +118,10 @@ class Intake:
         for queue in self._queues:
             if not (self.is_open and self._room.has_room):
                 return False
-            turn = self._leases.claim(queue, is_idle=self._room.is_empty)
+            turn = self._leases.claim(queue, is_idle=self._room.is_empty, passing=self._room.passing)
             if isinstance(turn, Claim):
                 images = turn.job.params.num_images if turn.job else 1
-                self._room.enter(images, is_alone=turn.is_alone)
+                self._room.enter(images, turn.tenant, is_alone=turn.is_alone)
                 self.claims.put(turn)
                 self._bell.set()
                 found = True

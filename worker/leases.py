@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from redis import Redis
 
@@ -16,9 +16,7 @@ from app.core.queue import rq_time
 REAP_LIMIT: Final = 100
 AUDIT_LIMIT: Final = 10
 UNREAD_MS: Final = 300_000  # a new version is rolled out within this
-POISON: Final = JobFailure(
-    code="poison", message="The job ended its worker again and again, at last twice while alone in it."
-)
+POISON: Final = JobFailure(code="poison", message="The job ended its worker three times, at last while alone in it.")
 
 
 class Turn(Enum):
@@ -38,6 +36,11 @@ class Claim:
     is_alone: bool
     job: Job | None
 
+    @property
+    def tenant(self) -> str:
+        """Whose job it is; nobody's where its record cannot be read."""
+        return self.job.tenant if self.job else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -48,23 +51,33 @@ class Beat:
     progress: str = ""
 
 
+class Heard(NamedTuple):
+    """What Redis says to a beat: the ids that are no longer ours, and those that somebody wants previews of."""
+
+    lost: list[str]
+    watched: set[str]
+
+
 class Leases:
     """The worker's side of the queue. `redis` decodes replies; every call is one script."""
 
-    def __init__(self, redis: Redis, worker: str, *, lease_ms: int, retention_ms: int) -> None:
+    def __init__(self, redis: Redis, worker: str, *, lease_ms: int, retention_ms: int, max_running: int = 0) -> None:
+        """`max_running`: jobs of a tenant at once, over all workers, where its own limits do not say; 0: any number."""
         self._redis = redis
+        self._max_running = max_running
         self._worker = worker
         self._lease_ms = lease_ms
         self._retention_ms = retention_ms
         self._ticket = 0
 
-    def claim(self, queue: str, *, is_idle: bool) -> Claim | Turn:
-        """Pop the next job of a queue and take it, or hear why there is none.
+    def claim(self, queue: str, *, is_idle: bool, passing: Iterable[str] = ()) -> Claim | Turn:
+        """Pop the next job of a queue and take it, or hear why there is none; none of the tenants `passing`.
 
         After an error the next call gives the job that the lost reply held, if it took one. One thread calls this.
         """
         failpoints.reach("before_claim")
-        reply = keys.CLAIM.run(self._redis, self._worker, queue, self._lease_ms, int(is_idle), rq_time(), self._ticket)
+        about = (self._worker, queue, self._lease_ms, int(is_idle), rq_time(), self._ticket, self._max_running)
+        reply = keys.CLAIM.run(self._redis, *about, *passing)
         failpoints.reach("after_claim", reply[1] if reply and reply[0] == "job" else "")
         self._ticket += 1
         if reply is None:
@@ -74,13 +87,21 @@ class Leases:
         _, job_id, fence, alone, *flat = reply
         return Claim(job_id, int(fence), alone == "1", _read(job_id, dict(zip(flat[::2], flat[1::2], strict=True))))
 
-    def beat(self, beats: Iterable[Beat]) -> list[str]:
-        """Extend the leases of these jobs and write their progress; the ids that are no longer ours."""
+    def beat(self, beats: Iterable[Beat]) -> Heard:
+        """Extend the leases of these jobs and write their progress."""
         flat = [part for b in beats for part in (b.id, b.fence, b.progress)]
         failpoints.reach("before_beat")
-        lost: list[str] = keys.BEAT.run(self._redis, self._lease_ms, *flat)
+        lost, watched = keys.BEAT.run(self._redis, self._lease_ms, *flat)
         failpoints.reach("after_beat")
-        return lost
+        return Heard(lost, set(watched))
+
+    def show(self, claim: Claim, preview: str, *, kept: int) -> bool:
+        """Publish a preview (JSON) to those who watch, the latest `kept` of the job being kept; False: not ours."""
+        return bool(keys.PREVIEW.run(self._redis, claim.id, claim.fence, kept, preview))
+
+    def mark(self, marks: Iterable[tuple[Claim, str]]) -> None:
+        """Say where in their walk jobs are: should their worker die, it was there. See HeldJob.walk."""
+        keys.MARK.run(self._redis, *(part for claim, walk in marks for part in (claim.id, claim.fence, walk)))
 
     def commit(self, claim: Claim, status: JobStatus, fields: Mapping[str, Any]) -> bool:
         """Write a job's end; False where the fence no longer holds. Safe to repeat after a lost reply."""

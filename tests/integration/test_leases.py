@@ -53,13 +53,13 @@ class Callers:
 
     def submit(self, **given):
         submission = Submission(params(), **given)
-        return self._do(lambda q: q.submit("t", submission))[0].id
+        return self._do(lambda q: q.submit(keys.DEFAULT_TENANT, submission))[0].id
 
     def get(self, job_id):
-        return self._do(lambda q: q.get("t", job_id))
+        return self._do(lambda q: q.get(keys.DEFAULT_TENANT, job_id))
 
     def cancel(self, job_id):
-        return self._do(lambda q: q.cancel("t", job_id))
+        return self._do(lambda q: q.cancel(keys.DEFAULT_TENANT, job_id))
 
 
 @pytest.fixture
@@ -91,9 +91,11 @@ def brief(redis):
     return Leases(redis, "worker-2", lease_ms=1, retention_ms=RETENTION_MS)
 
 
-def die(redis, brief):
-    """The worker `brief` claims the next job and is never heard of again."""
+def die(redis, brief, walk="denoising:2"):
+    """The worker `brief` claims the next job, says that it is at `walk`, and is never heard of again."""
     claim = brief.claim(QUEUE, is_idle=True)
+    if walk:
+        brief.mark([(claim, walk)])
     time.sleep(0.01)
     return claim, brief.reap()
 
@@ -132,7 +134,7 @@ def test_a_beat_says_which_jobs_are_no_longer_ours(callers, leases):
     kept, gone = callers.submit(), callers.submit()
     claims = [leases.claim(QUEUE, is_idle=False) for _ in range(2)]
     callers.cancel(gone)
-    assert leases.beat(Beat(c.id, c.fence) for c in claims) == [gone]
+    assert leases.beat(Beat(c.id, c.fence) for c in claims).lost == [gone]
     assert callers.get(kept).status is JobStatus.PROCESSING
 
 
@@ -140,7 +142,7 @@ def test_a_beat_after_our_own_commit_does_not_call_the_job_lost(callers, leases)
     callers.submit()
     claim = leases.claim(QUEUE, is_idle=False)
     leases.commit(claim, JobStatus.SUCCEEDED, {"outputs": []})
-    assert leases.beat([Beat(claim.id, claim.fence)]) == []
+    assert leases.beat([Beat(claim.id, claim.fence)]).lost == []
     assert leases.is_committed(claim)
 
 
@@ -220,20 +222,59 @@ def test_while_one_worker_empties_itself_the_others_go_on(callers, leases, brief
     assert neighbour.claim(QUEUE, is_idle=False).id == other
 
 
-def test_a_job_that_dies_alone_twice_is_poison(callers, brief, redis):
+def test_a_job_that_dies_alone_after_two_deaths_is_poison(callers, brief, redis):
     job_id = callers.submit()
-    fates = [die(redis, brief)[1][job_id] for _ in range(4)]
+    fates = [die(redis, brief)[1][job_id] for _ in range(3)]
     job = callers.get(job_id)
-    assert fates == ["requeued", "alone", "alone", "poison"]
-    assert (job.status, job.error.code, job.deaths) == (JobStatus.FAILED, "poison", 4)
+    assert fates == ["requeued", "alone", "poison"]
+    assert (job.status, job.error.code, job.deaths) == (JobStatus.FAILED, "poison", 3)
+
+
+def deaths_and_fates(callers, brief, redis, walks):
+    job_id = callers.submit()
+    fates = [die(redis, brief, walk)[1][job_id] for walk in walks]
+    return callers.get(job_id).deaths, fates
+
+
+def test_a_job_that_only_waited_for_the_store_is_not_to_blame_however_often_its_worker_dies(callers, brief, redis):
+    assert deaths_and_fates(callers, brief, redis, ["made"] * 6) == (0, ["requeued"] * 6)
+
+
+def test_a_job_under_suspicion_is_not_to_blame_where_its_work_had_not_begun(callers, brief, redis):
+    walks = ["denoising:2", None, "denoising:2", None]
+    assert deaths_and_fates(callers, brief, redis, walks) == (2, ["requeued", "requeued", "alone", "alone"])
+
+
+def test_a_job_that_dies_alone_elsewhere_than_before_is_poison_only_where_it_dies_there_again(callers, brief, redis):
+    walks = ["denoising:2", "denoising:7", "denoising:3", "denoising:3"]
+    assert deaths_and_fates(callers, brief, redis, walks) == (3, ["requeued", "alone", "alone", "poison"])
+
+
+def test_one_image_at_the_same_place_is_enough(callers, brief, redis):
+    walks = ["begun", "denoising:7,denoising:6", "denoising:5,denoising:6"]
+    assert deaths_and_fates(callers, brief, redis, walks) == (3, ["requeued", "alone", "poison"])
+
+
+@pytest.mark.parametrize("walks", [[None] * 6, [f"denoising:{step}" for step in range(6)]])
+def test_what_speaks_for_a_job_is_believed_three_times(callers, brief, redis, walks):
+    deaths, fates = deaths_and_fates(callers, brief, redis, walks)
+    assert (deaths, fates[-1]) == (3, "poison")
+
+
+def test_where_a_job_was_counts_only_under_its_fence(callers, leases, brief, redis):
+    job_id = callers.submit()
+    stalled, _ = die(redis, brief)
+    leases.claim(QUEUE, is_idle=False)
+    brief.mark([(stalled, "made")])
+    assert redis.hget(keys.JOB + job_id, "walk") == "1 denoising:2"
 
 
 def test_a_worker_taken_for_dead_that_beats_again_takes_the_death_back(callers, leases, brief, redis):
     job_id = callers.submit()
     stalled, _ = die(redis, brief)
     assert callers.get(job_id).deaths == 1
-    assert brief.beat([Beat(stalled.id, stalled.fence)]) == [job_id]
-    assert brief.beat([Beat(stalled.id, stalled.fence)]) == [job_id]
+    assert brief.beat([Beat(stalled.id, stalled.fence)]).lost == [job_id]
+    assert brief.beat([Beat(stalled.id, stalled.fence)]).lost == [job_id]
     assert callers.get(job_id).deaths == 0
 
 
@@ -301,7 +342,7 @@ def test_a_full_redis_refuses_new_jobs_and_lets_those_it_has_end(callers, leases
     try:
         with pytest.raises(Overloaded):
             callers.submit()
-        assert leases.beat([Beat(claim.id, claim.fence, '{"phase":"denoising","step":1,"steps":4}')]) == []
+        assert leases.beat([Beat(claim.id, claim.fence, '{"phase":"denoising","step":1,"steps":4}')]).lost == []
         assert leases.commit(claim, JobStatus.SUCCEEDED, {"outputs": []})
     finally:
         redis.config_set("maxmemory", 0)
