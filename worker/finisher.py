@@ -20,8 +20,10 @@ from app.core.params import OutputFormat
 from app.core.storage import Storage, digest, object_key
 from worker.held import HeldJob
 from worker.leases import Leases
+from worker.spool import Kept, Spool
 
 log = structlog.get_logger()
+ENCODE_THREADS: Final = 4
 STORE_THREADS: Final = 8
 COMMIT_THREADS: Final = 4
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds between tries while the store or Redis is away
@@ -46,18 +48,28 @@ def encode(image: Picture, output_format: OutputFormat) -> bytes:
 class Finisher:
     """Stores and commits off the step loop. While the store or Redis is away the work waits; it is never given up."""
 
-    def __init__(self, storage: Storage, leases: Leases, on_end: Callable[[HeldJob, JobStatus | None], None]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        spool: Spool,
+        leases: Leases,
+        on_made: Callable[[HeldJob], None],
+        on_end: Callable[[HeldJob, JobStatus | None], None],
+    ) -> None:
         self._storage = storage
+        self._spool = spool  # what is bytes and not in the store yet
+        self._on_made = on_made  # all pictures of the job are bytes
         self._leases = leases
         self._on_end = on_end  # the job is out of our hands: its status, or None where it was no longer ours
         self._gave_up = threading.Event()
         self._is_redis_lost = False  # when we gave up it did not answer, and nobody waits for it any more
+        self._encoders = ThreadPoolExecutor(ENCODE_THREADS, "encode")
         self._stores = ThreadPoolExecutor(STORE_THREADS, "store")
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
 
     def store(self, held: HeldJob, index: int, image: Picture) -> None:
-        """Store image `index`; the one that completes the job commits it."""
-        self._stores.submit(self._guarded, self._store, held, index, image)
+        """Encode and store image `index`; the one that completes the job commits it."""
+        self._encoders.submit(self._guarded, self._encode, held, index, image)
 
     def fail(self, held: HeldJob, error: SafelightError) -> None:
         """Commit the job as failed."""
@@ -83,8 +95,10 @@ class Finisher:
         """
         if at_once:
             self._gave_up.set()
+        self._encoders.shutdown(wait=True, cancel_futures=at_once)
         self._stores.shutdown(wait=True, cancel_futures=at_once)
         self._commits.shutdown(wait=True)
+        self._spool.close()
 
     def _guarded(self, work: Callable[..., None], held: HeldJob, *args: Any) -> None:
         try:
@@ -94,7 +108,9 @@ class Finisher:
             log.exception("finisher.failed", job_id=held.id)
             self._on_end(held, None)
 
-    def _store(self, held: HeldJob, index: int, image: Picture) -> None:
+    def _encode(self, held: HeldJob, index: int, image: Picture) -> None:
+        if held.is_dropped:
+            return
         start = time.monotonic()
         output_format = held.job.params.output_format
         body = encode(image, output_format)
@@ -107,7 +123,21 @@ class Finisher:
             bytes=len(body),
             sha256=digest(body),
         )
-        if not self._put(held, output, body):
+        kept = self._spool.keep(body)
+        with held.lock:
+            held.made += 1
+            is_last = held.is_made
+        self._stores.submit(self._guarded, self._store, held, index, output, kept, start)
+        if is_last:
+            self._on_made(held)
+
+    def _store(self, held: HeldJob, index: int, output: Output, kept: Kept, start: float) -> None:
+        """`start`: when the image came, in monotonic seconds."""
+        try:
+            is_stored = self._put(held, output, kept)
+        finally:
+            self._spool.drop(kept)
+        if not is_stored:
             return
         with held.lock:
             held.outputs[index] = output
@@ -118,13 +148,13 @@ class Finisher:
         elif is_last:
             self._commits.submit(self._guarded, self._commit, held, JobStatus.SUCCEEDED, self._result(held))
 
-    def _put(self, held: HeldJob, output: Output, body: bytes) -> bool:
+    def _put(self, held: HeldJob, output: Output, kept: Kept) -> bool:
         """Put until it is there; False where the job was dropped meanwhile."""
         wait = FIRST_WAIT
         while not (held.is_dropped or self._gave_up.is_set()):
             try:
                 failpoints.reach("before_upload", held.id)
-                self._storage.put(output.key, body, output.content_type)
+                self._storage.put(output.key, kept.read(), output.content_type)
                 failpoints.reach("after_upload", held.id)
             except StorageUnavailable as error:
                 log.warning("store.unavailable", job_id=held.id, error=error.message, retry_in=wait)

@@ -2,15 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Final
 
 import structlog
 from redis.exceptions import RedisError
 
-from worker.held import HeldJob
-from worker.leases import Leases
+from worker.held import MADE, HeldJob
+from worker.leases import Beat, Leases
 
 log = structlog.get_logger()
 TICK_SECONDS: Final = 0.25  # how often progress is written, at most
@@ -92,12 +92,28 @@ class Heart:
         if is_beating:
             held = {job.id: job for job in self._held() if not job.is_dropped}
             beats = [beat for job in held.values() if (beat := job.beat(is_due=is_due))]
-            for job_id in self._leases.beat(beats) if beats else ():
-                self.lost.put(held[job_id])
-                self._bell.set()
+            if beats:
+                self._hear(held, beats)
+            self._acquit(held.values())
         if is_due:
             self._announce()
             self._due = now + self._interval
+
+    def _acquit(self, held: Iterable[HeldJob]) -> None:
+        """Say which jobs only wait for the store: the worker's death would not be their doing."""
+        made = [job for job in held if job.is_made and job.marked != MADE]
+        if made:
+            self._leases.mark([(job.claim, MADE) for job in made])
+            for job in made:
+                job.marked = MADE
+
+    def _hear(self, held: dict[str, HeldJob], beats: list[Beat]) -> None:
+        heard = self._leases.beat(beats)
+        for beat in beats:
+            held[beat.id].is_watched = beat.id in heard.watched
+        for job_id in heard.lost:
+            self.lost.put(held[job_id])
+            self._bell.set()
 
     def _look(self, is_beating: bool) -> None:
         # Counted, not timed: a process that was frozen finds much time gone and has lived through none of it.

@@ -11,6 +11,7 @@ from worker.engine.target import Phase
 from worker.leases import Beat, Claim
 
 STORING = "storing"
+BEGUN, ENDED, MADE = "begun", "ended", "made"  # in a walk, besides "phase:step"
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +22,11 @@ class HeldJob:
     runs: list[Run] = field(default_factory=list)
     claimed_at: float = field(default_factory=time.monotonic)
     outputs: dict[int, Output] = field(default_factory=dict)  # by image, as they are stored
+    made: int = 0  # images that are bytes
+    has_room: bool = True  # it takes up room in the engine
+    marked: str = ""  # the walk that Redis knows
     is_dropped: bool = False  # cancelled, taken away or handed back: nothing of it counts any more
+    is_watched: bool = False  # somebody wants previews of it
     store_seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
     phase_seconds: dict[str, dict[Phase, float]] = field(
@@ -59,6 +64,23 @@ class HeldJob:
     @property
     def is_stored(self) -> bool:
         return len(self.outputs) == len(self.runs)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether all that is left to do is to store bytes: whatever ends the worker now, it is not this job."""
+        return bool(self.runs) and self.made == len(self.runs)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it has been in a worker that died: then Redis hears where it is before it goes on."""
+        return bool(self.claim.job and self.claim.job.deaths)
+
+    @property
+    def walk(self) -> str:
+        """Where each of its images is: the same for every attempt at the same place, whatever the company."""
+        if self.is_made:
+            return MADE
+        return ",".join(ENDED if run.is_finished else f"{run.phase}:{run.step}" for run in self.runs) or BEGUN
 
     @property
     def denoiser_seconds(self) -> float:

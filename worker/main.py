@@ -21,7 +21,7 @@ from rq.worker.base import WorkerStatus
 
 from app.core import failpoints, logs, processes
 from app.core.catalog import Catalog, ModelSpec, load_catalog
-from app.core.connections import check_server, connect
+from app.core.connections import TIMEOUT, check_server, connect
 from app.core.errors import ConfigError
 from app.core.exposition import serve_metrics
 from app.core.metrics import WorkerMetrics
@@ -38,6 +38,9 @@ from worker.leases import Leases
 from worker.pipelines.load import WarmModel, load
 from worker.pipelines.tasks import warm_up
 from worker.reaper import Reaper
+from worker.spool import Spool
+from worker.viewers import Viewers
+from worker.witness import Witness
 
 log = structlog.get_logger()
 CONFIG_EXIT = 2  # tells the supervisor that starting again will not help
@@ -142,7 +145,9 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
     rq_queues = [
         Queue(lane, connection=rq_connection, serializer=JSONSerializer) for queue in queues for lane in lanes(queue)
     ]
-    room = Room(settings.max_runs)
+    limits = {"memory_bytes": settings.spool_memory, "disk_bytes": settings.spool_disk}
+    spool = Spool(settings.data / "spool", **limits, metrics=metrics)
+    room = Room(settings.max_runs, lambda: spool.has_room)
     consumer = Consumer(
         rq_queues,
         name=name,
@@ -155,9 +160,11 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
         grace_seconds=settings.grace_seconds,
     )
 
-    def leases() -> Leases:
+    def leases(timeout: float = TIMEOUT) -> Leases:
         # A connection of its own for each kind of call: a slow pop must not hold up a beat or a commit.
-        return Leases(connect(url), name, lease_ms=settings.lease_ms, retention_ms=settings.retention_ms)
+        return Leases(
+            connect(url, timeout=timeout), name, lease_ms=settings.lease_ms, retention_ms=settings.retention_ms
+        )
 
     pulse = Pulse(settings.lease_seconds, observer.longest)
     process = processes.Process(
@@ -181,11 +188,12 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
         on_hung=_end_hung,
     )
     intake = Intake(leases(), connect(url), queues, room, consumer.bell)
-    finisher = Finisher(storage, leases(), consumer.end)
+    finisher = Finisher(storage, spool, leases(), consumer.make_room, consumer.end)
     reaper = Reaper(
         leases(), connect(url), storage, metrics.recovered_jobs_total, queues, lease_seconds=settings.lease_seconds
     )
-    consumer.use(intake, heart, pulse, finisher, reaper)
+    witness = Witness(leases(timeout=min(1.0, settings.lease_seconds / 5)))
+    consumer.use(intake, heart, pulse, finisher, reaper, viewers=Viewers(leases()), witness=witness)
     log.info("worker.ready", name=name, models=list(models), metrics=process.metrics)
     try:
         consumer.work()

@@ -25,6 +25,7 @@ NAMES = frozenset(
         "denoiser_busy_ratio",
         "model_load_seconds",
         "device_memory_bytes",
+        "unstored_bytes",
         "wasted_seconds_total",
         "recovered_jobs_total",
         "webhook_attempts_total",
@@ -87,6 +88,7 @@ class WorkerMetrics:
     denoiser_busy_ratio: Gauge = field(init=False)
     model_load_seconds: Gauge = field(init=False)
     device_memory_bytes: Gauge = field(init=False)
+    unstored_bytes: Gauge = field(init=False)
     wasted_seconds_total: Counter = field(init=False)
     recovered_jobs_total: Counter = field(init=False)
 
@@ -147,6 +149,9 @@ class WorkerMetrics:
                 "Memory of the device (of the process on a CPU).",
                 ["device", "kind"],
                 registry=r,
+            ),
+            "unstored_bytes": Gauge(
+                "safelight_unstored_bytes", "Finished pictures that wait for the object store.", ["place"], registry=r
             ),
             "wasted_seconds_total": Counter(
                 "safelight_wasted_seconds_total",
