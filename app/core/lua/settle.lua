@@ -3,15 +3,16 @@
 local id, outcome, line, keep, life = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local key, at = DELIVERY .. id, now()
 redis.call('ZREM', OUTBOX, id)
-local held = redis.call('HMGET', key, 'tenant', 'job_id')
+local held = redis.call('HMGET', key, 'tenant', 'job_id', 'batch_id')
 if not held[1] then
   redis.call('DEL', key)
   return 0
 end
 remember(key, line)
 redis.call('HSET', key, 'outcome', outcome, 'ended_at', at)
-if outcome == 'delivered' then redis.call('HDEL', key, 'job') end
+if outcome == 'delivered' then redis.call('HDEL', key, 'job', 'batch') end
 redis.call('PEXPIRE', key, keep)
 redis.call('ZREMRANGEBYSCORE', DELIVERIES .. held[1], '-inf', at - keep - life)
-if held[2] then redis.call('PEXPIRE', JOB_DELIVERIES .. held[2], keep + life) end
+local about = held[2] or held[3]
+if about then redis.call('PEXPIRE', JOB_DELIVERIES .. about, keep + life) end
 return 1
