@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from app.api import events, files, jobs, keys, models, ops, uploads, usage, webhooks, workers
 from app.api.auth import authenticate, check_exposure
+from app.api.compat.openai import routes as openai
 from app.api.deps import PLACES, Services
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_to, install, responses
@@ -144,6 +145,8 @@ def _add_routes(app: FastAPI, storage: Storage) -> None:
     for router in (module.router for module in guarded):
         # Not left to the routes: one that forgot to ask who calls would be open.
         app.include_router(router, dependencies=[Depends(authenticate)], responses=responses(401, 403, 503))
+    # Its errors have a shape of their own.
+    app.include_router(openai.router, dependencies=[Depends(authenticate)])
     app.include_router(ops.public)
     if isinstance(storage, DiskStorage):
         app.include_router(files.router)

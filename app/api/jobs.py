@@ -80,7 +80,7 @@ async def submit_job(
         response.headers["Idempotent-Replayed"] = "true"
     if (seconds := _preferred_wait(prefer)) is not None:
         response.headers["Preference-Applied"] = f"wait={seconds}"
-        job = await _wait(deps, job, seconds)
+        job = await wait(deps, job, seconds)
         response.status_code = 200 if job.status.is_final else 202
     shown = await deps.view(job)
     response.headers["Location"] = shown.links.self
@@ -121,7 +121,8 @@ def _preferred_wait(prefer: str | None) -> int | None:
     return min(int(found[1]), MAX_WAIT) if found else None
 
 
-async def _wait(deps: Services, job: Job, seconds: float) -> Job:
+async def wait(deps: Services, job: Job, seconds: float) -> Job:
+    """The job when it has ended, or as it is after `seconds`, or when the service stops. Raises what the queue does."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     async with deps.hub.watch(OfJob(job.id)) as bell:
@@ -155,10 +156,11 @@ async def get_job(job_id: JobId, caller: Caller, deps: Deps) -> JobView:
 @needs(Scope.SUBMIT)
 async def cancel_job(job_id: JobId, caller: Caller, deps: Deps) -> JobView:
     """Stop a job, whatever it is doing; one that has ended stays as it is."""
-    return await deps.view(await _cancel(deps, caller.tenant, job_id))
+    return await deps.view(await cancel(deps, caller.tenant, job_id))
 
 
-async def _cancel(deps: Services, tenant: str, job_id: str) -> Job:
+async def cancel(deps: Services, tenant: str, job_id: str) -> Job:
+    """Stop a job; one that has ended stays as it is. Raises NotFound."""
     job = await deps.queue.get(tenant, job_id)
     if job.status.is_final:
         return job
@@ -172,6 +174,6 @@ async def _cancel(deps: Services, tenant: str, job_id: str) -> Job:
 @needs(Scope.SUBMIT)
 async def delete_job(job_id: JobId, caller: Caller, deps: Deps) -> None:
     """Forget a job: cancel it if it runs, then remove its objects and its record."""
-    await _cancel(deps, caller.tenant, job_id)
+    await cancel(deps, caller.tenant, job_id)
     await deps.storage.delete_prefix_async(job_prefix(job_id))
     await deps.queue.purge(caller.tenant, job_id)

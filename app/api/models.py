@@ -1,12 +1,15 @@
 """The models of the catalog."""
 
-from fastapi import APIRouter
+from typing import Annotated, get_args
+
+from fastapi import APIRouter, Path
 
 from app.api.auth import needs
-from app.api.deps import Deps
+from app.api.deps import Deps, Services
+from app.api.problems import responses
 from app.api.schemas import ListResponse, ModelView
 from app.core.api_keys import Scope
-from app.core.catalog import ModelSpec
+from app.core.catalog import ModelSpec, Quality
 from app.core.tasks import tasks_of
 
 router = APIRouter(tags=["models"])
@@ -16,24 +19,32 @@ router = APIRouter(tags=["models"])
 @needs(Scope.READ)
 async def list_models(deps: Deps) -> ListResponse[ModelView]:
     """All models, with what each accepts and defaults to."""
-    served, default = await deps.served(), deps.catalog.default.name
-    data = [_view(m, is_default=m.name == default, is_served=m.name in served) for m in deps.catalog.models.values()]
-    return ListResponse(data=data)
+    served = await deps.served()
+    return ListResponse(data=[_view(spec, deps, served) for spec in deps.catalog.models.values()])
 
 
-def _view(spec: ModelSpec, *, is_default: bool, is_served: bool) -> ModelView:
+@router.get("/v1/models/{model:path}", responses=responses(404))
+@needs(Scope.READ)
+async def get_model(model: Annotated[str, Path(max_length=256)], deps: Deps) -> ModelView:
+    """One model, by its name or an alias."""
+    return _view(deps.catalog.get(model), deps, await deps.served())
+
+
+def _view(spec: ModelSpec, deps: Services, served: set[str]) -> ModelView:
     return ModelView(
         id=spec.name,
         created=spec.created,
         owned_by=spec.owned_by,
         title=spec.title or spec.name,
-        default=is_default,
-        served=is_served,
+        default=spec.name == deps.catalog.default.name,
+        served=spec.name in served,
         limits=spec.limits,
         defaults=spec.defaults,
         schedulers=list(spec.schedulers),
         loras=list(spec.loras),
         tasks=tasks_of(spec),
         controls=list(spec.controlnets),
+        accepts=list(spec.accepts),
+        quality={quality: spec.steps_of(quality) for quality in get_args(Quality)},
         examples=list(spec.examples),
     )

@@ -106,7 +106,7 @@ def _field(found: Mapping[str, Any]) -> FieldError:
 
 def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reply = problem(_translated(error), request.state.request_id)
+    reply = problem(translated(error), request.state.request_id)
     reply.headers.update(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         reply.headers["Allow"] = ", ".join(sorted(_methods(request)))
@@ -119,7 +119,8 @@ def _methods(request: Request) -> set[str]:
     return {m for r in routes if r.methods and r.path_regex.match(request.url.path) for m in r.methods}
 
 
-def _translated(error: HTTPException) -> SafelightError:
+def translated(error: HTTPException) -> SafelightError:
+    """What the framework refused, as an error of ours."""
     match error.status_code:
         case HTTPStatus.BAD_REQUEST:  # FastAPI's word for a body that is not JSON, and not even text
             return InvalidRequest("the body is not JSON")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 
 from app.core import api_keys
 from app.core.api_keys import Scope
-from app.core.catalog import Defaults, Limits
+from app.core.catalog import Defaults, Limits, OptionalParam, Quality
 from app.core.endpoints import Disabled
 from app.core.job import TERMINAL_EVENTS, JobStatus, Priority, Webhook, WebhookEvent, WebhookEvents
 from app.core.params import GenerationRequest
@@ -142,6 +142,8 @@ class ModelView(BaseModel):
     loras: list[str] = []
     tasks: list[str] = Field(description="What it can be asked for.", examples=[["text_to_image", "inpainting"]])
     controls: list[str] = Field([], description="The types of its ControlNets.")
+    accepts: list[OptionalParam] = Field(description="What not every model has a use for.")
+    quality: dict[Quality, int] = Field(description="The steps that OpenAI's names of quality stand for.")
     examples: list[str] = Field(description="Prompts that work well.")
 
 

@@ -2,8 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -228,7 +227,9 @@ def _spec(name: str, table: dict[str, object], file: Path) -> ModelSpec:
     }
     source = _absolute(spec.source, file) if spec.source else None
     config = _absolute(spec.config, file) if spec.config else None
-    return spec.model_copy(update={"source": source, "config": config, "loras": loras, "controlnets": controlnets})
+    safety = spec.safety and spec.safety.model_copy(update={"source": _absolute(spec.safety.source, file)})
+    update = {"source": source, "config": config, "loras": loras, "controlnets": controlnets, "safety": safety}
+    return spec.model_copy(update=update)
 
 
 def _absolute(source: Path, file: Path) -> Path:

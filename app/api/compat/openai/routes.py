@@ -1,0 +1,84 @@
+"""OpenAI's Images API: pictures from words, from another picture, and like another picture."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.auth import Caller, Identity, needs
+from app.api.compat.openai.errors import DialectRoute, ErrorReply
+from app.api.compat.openai.mapping import to_reply, to_request
+from app.api.compat.openai.schemas import Asked, Described, ImageGeneration, ImagesResponse
+from app.api.compat.openai.stream import Kind, events
+from app.api.compat.openai.waiting import HungUp, ended, images, minding
+from app.api.deps import Deps, Services
+from app.api.events import EventStream
+from app.api.jobs import IdempotencyKey, enqueue
+from app.core.api_keys import Scope
+from app.core.errors import Unavailable
+
+CLOSED: Final = 499  # nginx's word for a caller who hung up; nobody gets to see it but the log
+JOB_HEADER: Final = "Safelight-Job"
+UNBUFFERED: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorReply, "description": description}
+    for status, description in {
+        400: "The request cannot be honoured, or its picture was refused.",
+        401: "No good key.",
+        403: "The key may not do this.",
+        404: "There is no such model.",
+        408: "The body did not come in time.",
+        409: "The job was cancelled by another request.",
+        413: "The body is too large.",
+        429: "A limit of the tenant's is reached.",
+        500: "The picture could not be made.",
+        503: "Nobody can make it now.",
+        504: "It was not made within ten minutes.",
+    }.items()
+}
+_STREAMED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "headers": {JOB_HEADER: {"description": "The job's id, under /v1/jobs.", "schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+router = APIRouter(tags=["openai"], route_class=DialectRoute)
+
+
+@router.post("/v1/images/generations", response_model=ImagesResponse, responses=_ERRORS | _STREAMED)
+@needs(Scope.SUBMIT)
+async def create_image(
+    body: ImageGeneration, request: Request, caller: Caller, deps: Deps, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Make pictures from words, and reply when they are there. OpenAI's `images.generate`; `stream` for events."""
+    return await _answer(deps, request, caller, body, kind="image_generation", idempotency_key=idempotency_key)
+
+
+async def _answer(
+    deps: Services,
+    request: Request,
+    caller: Identity,
+    asked: Asked,
+    *,
+    kind: Kind,
+    idempotency_key: str | None,
+    uploads: Mapping[str, str] | None = None,
+) -> Response:
+    """Queue the job, wait for it, and give its pictures."""
+    spec = deps.catalog.get(asked.model)
+    if spec.name not in await deps.served():
+        raise Unavailable(f"no live worker serves model {spec.name!r}; try again later", retry_after=5)
+    wanted = to_request(asked, spec, uploads)
+    job, _ = await enqueue(wanted, caller, deps, request.state.request_id, idempotency_key)
+    headers, is_kept = {JOB_HEADER: job.id}, idempotency_key is not None
+    if isinstance(asked, Described) and asked.stream:
+        made = events(deps, request, job, asked, kind, is_kept=is_kept)
+        return EventStream(made, headers=headers | UNBUFFERED)
+    try:
+        async with minding(deps, job, is_kept=is_kept):
+            job = await ended(deps, request, job)
+    except HungUp:
+        return Response(status_code=CLOSED)
+    reply = to_reply(job, await images(deps, job, asked), asked)
+    return Response(reply.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
