@@ -3,11 +3,11 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from redis.exceptions import RedisError
@@ -21,6 +21,7 @@ from app.core.api_keys import Scope
 from app.core.errors import NotFound, QueueUnavailable
 from app.core.events import Feed, JobEvent, OfJob, OfTenant
 from app.core.job import Job, JobStatus
+from app.core.previews import PreviewsOf, watching
 
 KEEP_ALIVE: Final = 10.0  # seconds; a caller that is gone is noticed when something is written
 _NUMBER: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
@@ -30,7 +31,10 @@ _OF_JOB: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": (
             "Events `status` and `progress`, then the last one, named by the job's final status, with the whole job as "
-            "its data. A job that was tried again shows `queued` and `processing` a second time."
+            "its data. A job that was tried again shows `queued` and `processing` a second time. With `previews` there "
+            "are events `preview` between them, of no id, for which nothing is sent again: `index` says which image "
+            "it is of, `step` of `steps` how far that is, and `image` is a small picture as a data URL. A model whose "
+            "latents nobody can read, as a video's, has none."
         ),
         "content": {
             _EVENT_STREAM: {
@@ -56,6 +60,7 @@ _OF_TENANT: Final[dict[int | str, dict[str, Any]]] = {
     },
 }
 LastEventId = Annotated[str | None, Header(description="Go on after this event.")]
+WithPreviews = Annotated[bool, Query(description="Small pictures of what is being made, too.")]
 
 router = APIRouter(tags=["jobs"])
 
@@ -68,13 +73,16 @@ class EventStream(StreamingResponse):
 
 @router.get("/v1/jobs/{job_id}/events", response_class=EventStream, responses=_OF_JOB | responses(404))
 @needs(Scope.READ)
-async def stream_events(job_id: JobId, caller: Caller, deps: Deps, last_event_id: LastEventId = None) -> Response:
+async def stream_events(
+    job_id: JobId, caller: Caller, deps: Deps, last_event_id: LastEventId = None, *, previews: WithPreviews = False
+) -> Response:
     """What happens to a job, as it happens; ends by itself. `Last-Event-ID` resumes after that event."""
     job = await deps.queue.get(caller.tenant, job_id)
     after = _position(last_event_id) or 0
     if job.status.is_final and after and not await deps.hub.read(OfJob(job_id), after):
         return Response(status_code=204)
-    return EventStream(_of_job(deps, caller, job, after), headers=_HEADERS)
+    made = _watched(deps, caller, job, after) if previews else _of_job(deps, caller, job, after)
+    return EventStream(made, headers=_HEADERS)
 
 
 @router.get("/v1/events", response_class=EventStream, responses=_OF_TENANT)
@@ -91,12 +99,27 @@ def _position(last_event_id: str | None) -> int | None:
     return int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else None
 
 
-async def _of_job(deps: Services, caller: Identity, job: Job, after: int) -> AsyncIterator[bytes]:
+async def _watched(deps: Services, caller: Identity, job: Job, after: int) -> AsyncIterator[bytes]:
+    """As `_of_job`, with previews, which are made because of this."""
     try:
-        async for event in _follow(deps, caller, OfJob(job.id), after):
+        async with watching(deps.redis, job.id) as stay:
+            async for part in _of_job(deps, caller, job, after, stay):
+                yield part
+    except (RedisError, OSError):
+        return
+
+
+async def _of_job(
+    deps: Services, caller: Identity, job: Job, after: int, stay: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[bytes]:
+    """`stay` is called at every keep-alive of a stream with previews."""
+    try:
+        async for event in _follow(deps, caller, OfJob(job.id), after, PreviewsOf(job.id) if stay else None):
             if event is None:
                 async with deps.places:
                     await deps.queue.get(job.tenant, job.id)
+                if stay:
+                    await stay()
                 yield format_sse_event(comment="keep-alive")
             elif _is_last(event):
                 yield await _last(deps, job, event)
@@ -127,16 +150,23 @@ async def _of_tenant(deps: Services, caller: Identity, feed: OfTenant, after: in
         return
 
 
-async def _follow(deps: Services, caller: Identity, feed: Feed, after: int) -> AsyncIterator[JobEvent | None]:
+async def _follow(
+    deps: Services, caller: Identity, feed: Feed, after: int, previews: PreviewsOf | None = None
+) -> AsyncIterator[JobEvent | None]:
     """The events after `after`, and None in between whenever somebody should say that the stream is alive.
+
+    `previews` come in between; they have the channel of `feed`.
 
     Ends when the service stops, or when the caller's key does.
     """
     clock = asyncio.get_running_loop().time
-    look_at = clock() + KEEP_ALIVE
+    look_at, shown = clock() + KEEP_ALIVE, 0
     async with deps.hub.watch(feed) as bell:
         while not deps.is_draining:
             bell.clear()
+            for preview in await deps.hub.read(previews, shown) if previews else ():
+                yield preview
+                shown = preview.id
             found = await deps.hub.read(feed, after)
             for event in found:
                 yield event
@@ -167,4 +197,5 @@ def _missed(after: int, last: int) -> bytes:
 
 def _format(event: JobEvent) -> bytes:
     data = json.dumps(event.data, separators=(",", ":"))
-    return format_sse_event(event=event.type, data_str=data, id=str(event.id))
+    number = None if event.type == "preview" else str(event.id)
+    return format_sse_event(event=event.type, data_str=data, id=number)

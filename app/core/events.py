@@ -30,7 +30,7 @@ class JobEvent:
     """One entry of a history; `id` is its number from 1, and what Last-Event-ID gives back."""
 
     id: int
-    type: str  # status, progress
+    type: str  # status, progress, preview
     data: dict[str, Any]
 
 
