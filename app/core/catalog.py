@@ -16,7 +16,8 @@ ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 MAX_STEPS = 250
-OptionalParam = Literal["negative_prompt", "guidance_scale"]  # what some pipelines have no use for
+# What some pipelines have no use for, and what some text encoders cannot do.
+OptionalParam = Literal["negative_prompt", "guidance_scale", "prompt_weighting"]
 
 
 Ability = Literal["text_to_image", "image_to_image", "inpainting", "tiling", "upscaling"]

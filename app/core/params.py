@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from app.core import aspect, prompt_weights
 from app.core.catalog import MAX_STEPS, Catalog, ModelName, ModelSpec
 from app.core.errors import InvalidParams
 from app.core.tasks import Size, check_strength, check_task, default_size, default_strength, unique
@@ -66,8 +67,12 @@ class GenerationRequest(BaseModel):
     model: ModelName | None = Field(None, description="A name from GET /v1/models; the default model if absent.")
     prompt: Prompt
     negative_prompt: Prompt | None = None
+    prompt_weighting: bool | None = Field(None, description="(word:1.3) and [word] weigh words; else they are text.")
     width: int | None = Field(None, ge=1, le=16384, description="Pixels.")
     height: int | None = Field(None, ge=1, le=16384, description="Pixels.")
+    aspect_ratio: str | None = Field(
+        None, pattern=aspect.FORM, description="Instead of width and height: the model's size nearest to that shape."
+    )
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=0, le=100)
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Image i of a job has seed (seed + i) mod 2^32.")
@@ -112,6 +117,7 @@ class GenerationParams(BaseModel):
     scheduler: str
     output_format: OutputFormat
     loras: tuple[Lora, ...] = ()
+    prompt_weighting: bool = False
     image: str | None = None  # an upload's id
     strength: float | None = None
     mask: str | None = None  # an upload's id
@@ -171,7 +177,18 @@ def settled(request: GenerationRequest, catalog: Catalog) -> tuple[GenerationReq
     check_task(request, spec)
     if request.output_quality is not None and (request.output_format or "png") == "png":
         raise InvalidParams("output_quality must be left out: a png loses nothing; ask for jpeg or webp")
-    return request, spec
+    return _shaped(request, spec), spec
+
+
+def _shaped(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
+    """With width and height in the place of an aspect ratio."""
+    if request.aspect_ratio is None:
+        return request
+    for name in ("width", "height", "outpaint", "upscale"):
+        if getattr(request, name) is not None:
+            raise InvalidParams(f"aspect_ratio must be left out: {name} says how large the picture is")
+    size = aspect.snap(request.aspect_ratio, spec)
+    return request.model_copy(update={"aspect_ratio": None, "width": size.width, "height": size.height})
 
 
 def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
@@ -180,6 +197,11 @@ def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
         raise InvalidParams(f"negative_prompt must be empty: model {spec.name!r} has no use for it")
     if request.guidance_scale is not None and "guidance_scale" not in spec.accepts:
         raise InvalidParams(f"guidance_scale must be left out: model {spec.name!r} has no use for it")
+    if request.prompt_weighting:
+        if "prompt_weighting" not in spec.accepts:
+            raise InvalidParams(f"prompt_weighting must be left out: model {spec.name!r} cannot weigh words")
+        prompt_weights.check(request.prompt, "prompt")
+        prompt_weights.check(request.negative_prompt or "", "negative_prompt")
 
 
 def _check_loras(params: GenerationParams, spec: ModelSpec) -> None:
