@@ -13,7 +13,7 @@ from rq.timeouts import BaseDeathPenalty
 from rq.worker.base import BaseWorker, WorkerStatus
 
 from app.core import failpoints
-from app.core.errors import GenerationFailed, SafelightError
+from app.core.errors import GenerationFailed, ModelUnavailable, SafelightError
 from app.core.job import JobStatus, Priority
 from app.core.metrics import WorkerMetrics
 from worker.engine.engine import Engine
@@ -26,13 +26,16 @@ from worker.leases import Claim
 from worker.pipelines.load import WarmModel
 from worker.pipelines.tasks import runs_for
 from worker.reaper import Reaper
+from worker.sources import Sources
 from worker.viewers import Viewers
+from worker.warm import Keeper
 from worker.witness import Witness
 
 log = structlog.get_logger()
 IDLE_SECONDS: Final = 0.5  # the longest sleep of an idle loop
 PRIORITIES: Final[dict[Priority, int]] = {"high": 1, "normal": 0, "low": -1}  # as a Run has them
 UNREADABLE: Final = GenerationFailed("No worker's version can read the job's record; submit it again.")
+UNLOADABLE: Final = ModelUnavailable("The model could not be loaded; the service's log says why.")
 UNKNOWN: Final = GenerationFailed("The picture could not be made; the service's log says why.")
 
 
@@ -53,7 +56,7 @@ class Consumer(BaseWorker):
         self,
         *args: Any,
         engine: Engine,
-        models: dict[str, WarmModel],
+        keeper: Keeper,
         metrics: WorkerMetrics,
         room: Room,
         grace_seconds: float,
@@ -61,12 +64,12 @@ class Consumer(BaseWorker):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.engine = engine
-        self.models = models
+        self.keeper = keeper
         self.metrics = metrics
         self.room = room
-        for model in models:
+        for model in keeper.served:
             metrics.runs_in_flight.labels(model).set(0)
-        self.bell = threading.Event()
+        self.bell = keeper.bell
         self.held: dict[str, HeldJob] = {}
         self._grace_seconds = grace_seconds
         self._made: SimpleQueue[HeldJob] = SimpleQueue()
@@ -82,12 +85,13 @@ class Consumer(BaseWorker):
         finisher: Finisher,
         reaper: Reaper,
         *,
+        sources: Sources,
         viewers: Viewers,
         witness: Witness,
     ) -> None:
         """What is around the loop; most of it needs the consumer, so it comes after it."""
         self.intake, self.heart, self.pulse, self.finisher, self.reaper = intake, heart, pulse, finisher, reaper
-        self.viewers, self.witness = viewers, witness
+        self.sources, self.viewers, self.witness = sources, viewers, witness
 
     def request_stop(self, signum: int | None, frame: FrameType | None) -> None:
         """The first signal drains, the second is final. Nothing is raised from here: RQ's own handler loses jobs so."""
@@ -134,6 +138,7 @@ class Consumer(BaseWorker):
             self._drain()
         self._admit()
         self._obey()
+        self._take_in()
         if self.engine.is_idle:
             self.bell.wait(IDLE_SECONDS)
             self.bell.clear()
@@ -150,11 +155,33 @@ class Consumer(BaseWorker):
         if self.intake.is_open:
             log.info("worker.draining", jobs=len(self.held))
             self.intake.stop_claiming()
+            for held in self._unstarted():
+                self._hand_back(held)  # its model is not warm, and others may have it
         assert self._stop_at is not None
         if self._is_final or time.monotonic() > self._stop_at:
             for held in list(self.held.values()):
-                if self._take_back(held, "handed_back"):
-                    self.finisher.release(held)
+                self._hand_back(held)
+
+    def _hand_back(self, held: HeldJob) -> None:
+        if self._take_back(held, "handed_back"):
+            self.finisher.release(held)
+
+    def _unstarted(self, model: str | None = None) -> list[HeldJob]:
+        """The jobs that wait for their model, or for this one."""
+        waiting = [held for held in self.held.values() if not (held.is_started or held.is_dropped)]
+        return [held for held in waiting if model is None or held.model == model]
+
+    def _take_in(self) -> None:
+        """What was loaded is there, and its jobs begin; what could not be fails them, or is left to other workers."""
+        for loaded in self.keeper.turn():
+            for held in self._unstarted(loaded.name):
+                if loaded.model:
+                    self._begin(held, loaded.model)
+                elif loaded.name in self.keeper.served:
+                    self._fail(held, UNLOADABLE)
+                else:
+                    self._hand_back(held)
+            self.intake.look()
 
     def _admit(self) -> None:
         for claim in _drained(self.intake.claims):
@@ -169,10 +196,25 @@ class Consumer(BaseWorker):
             held.is_dropped = True
             self.finisher.pass_on(held, UNREADABLE)
             return
+        if held.model not in self.keeper.served:  # the intake asked before that was known
+            self._hand_back(held)
+            return
+        self.keeper.enter(held.model)
+        self.sources.fetch(held)
+        if model := self.keeper.model(held.model):
+            self._begin(held, model)
+
+    def _begin(self, held: HeldJob, model: WarmModel) -> None:
+        """Its model is warm: its runs go into the engine, if what it starts from is there too."""
+        if held.source is None:
+            return
+        held.is_started = True
         self.witness.look([held])
+        params = held.job.params
+        worded = params.model_copy(update={"prompt": model.spec.worded(params.prompt)})
         try:
-            failpoints.reach("before_start", claim.id)
-            held.runs = runs_for(self.models[claim.job.params.model], claim.job.params, claim.id)
+            failpoints.reach("before_start", held.id)
+            held.runs = runs_for(model, worded, held.id, held.source)
         except SafelightError as error:
             self._fail(held, error)
             return
@@ -180,11 +222,11 @@ class Consumer(BaseWorker):
             log.exception("job.not_started", job_id=held.id)
             self._fail(held, UNKNOWN)
             return
-        self.metrics.queue_wait_seconds.labels(held.job.params.model).observe(held.queue_seconds)
+        self.metrics.queue_wait_seconds.labels(params.model).observe(held.queue_seconds)
         for run in held.runs:
             run.priority, run.tenant = PRIORITIES[held.job.priority], held.job.tenant
             self.engine.add(run)
-        self.metrics.runs_in_flight.labels(held.job.params.model).inc(len(held.runs))
+        self.metrics.runs_in_flight.labels(params.model).inc(len(held.runs))
 
     def _obey(self) -> None:
         """Let go of what was cancelled, taken away by the reaper, or has ended."""
@@ -193,10 +235,19 @@ class Consumer(BaseWorker):
                 self._drop(held, "canceled")
         for held in _drained(self.heart.lost):
             self._drop(held, "lost")
+        for held, error in _drained(self.sources.ready):
+            self._go_on(held, error)
         for held in _drained(self._made):
             self._leave_room(held)
         for held, status in _drained(self._ended):
             self._forget(held, status)
+
+    def _go_on(self, held: HeldJob, error: SafelightError | None) -> None:
+        """What the job starts from was read, or could not be."""
+        if error:
+            self._fail(held, error)
+        elif not held.is_dropped and (model := self.keeper.model(held.model)):
+            self._begin(held, model)
 
     def _drop(self, held: HeldJob, reason: str) -> None:
         if not self._take_back(held, reason):
@@ -241,6 +292,7 @@ class Consumer(BaseWorker):
         if self.held.get(held.id) is not held:
             return
         del self.held[held.id]
+        self.keeper.leave(held.model)
         self.viewers.forget(held)
         self._leave_room(held)
         self.intake.look()
@@ -266,9 +318,11 @@ class Consumer(BaseWorker):
     def _leave(self) -> None:
         self.intake.close()
         self.viewers.close()
+        self.sources.close()
         self.finisher.close(at_once=self._is_final)
         self.reaper.close()
         self.heart.close()
+        self.keeper.close()
         self.engine.close()
         try:
             self.register_death()

@@ -9,8 +9,9 @@ from app.core.job import Job, Output, Progress, Timings
 from worker.engine.run import Run
 from worker.engine.target import Phase
 from worker.leases import Beat, Claim
+from worker.pipelines.pictures import Source
 
-STORING = "storing"
+LOADING, STORING = "loading", "storing"
 BEGUN, ENDED, MADE = "begun", "ended", "made"  # in a walk, besides "phase:step"
 
 
@@ -22,6 +23,8 @@ class HeldJob:
     runs: list[Run] = field(default_factory=list)
     claimed_at: float = field(default_factory=time.monotonic)
     outputs: dict[int, Output] = field(default_factory=dict)  # by image, as they are stored
+    source: Source | None = None  # what it starts from; None while that is read
+    is_started: bool = False  # its model is warm, and its runs are made
     made: int = 0  # images that are bytes
     has_room: bool = True  # it takes up room in the engine
     marked: str = ""  # the walk that Redis knows
@@ -91,7 +94,8 @@ class HeldJob:
         """Steps done of all images together; the phase is that of the image furthest behind."""
         steps, done = sum(r.steps for r in self.runs), sum(min(r.step, r.steps) for r in self.runs)
         behind = next((r for r in self.runs if not r.is_finished), None)
-        return Progress(phase=str(behind.phase) if behind else STORING, step=done, steps=steps)
+        left = STORING if self.runs else LOADING  # without runs it waits for its model
+        return Progress(phase=str(behind.phase) if behind else left, step=done, steps=steps)
 
     def observe(self, now: float) -> None:
         """Charge the time since the last look to the phase each image is in. `now` is monotonic seconds."""

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -28,6 +28,7 @@ from app.core.metrics import WorkerMetrics
 from app.core.redis_keys import lanes, queue_name
 from app.core.settings import Settings, load_settings, redis_url, url_secret
 from app.core.storage import open_storage
+from worker.budget import device_budget, host_budget
 from worker.consumer import Consumer
 from worker.engine.engine import Engine
 from worker.engine.target import Target
@@ -35,11 +36,13 @@ from worker.finisher import Finisher
 from worker.heart import Heart, Pulse
 from worker.intake import Intake, Room
 from worker.leases import Leases
-from worker.pipelines.load import WarmModel, load
-from worker.pipelines.tasks import warm_up
+from worker.pipelines.load import WarmModel, load, pick_device, size
 from worker.reaper import Reaper
+from worker.sources import Sources
 from worker.spool import Spool
+from worker.turns import Turns
 from worker.viewers import Viewers
+from worker.warm import Keeper, Memory
 from worker.witness import Witness
 
 log = structlog.get_logger()
@@ -48,16 +51,24 @@ BROKEN_EXIT = 70  # tells it that it will: EX_SOFTWARE
 
 
 class ForwardMetrics:
-    """The engine's observer: every forward of a denoiser, by model."""
+    """The engine's observer: every forward, by model."""
 
-    def __init__(self, metrics: WorkerMetrics, targets: dict[str, Target]) -> None:
+    def __init__(self, metrics: WorkerMetrics) -> None:
         self._metrics = metrics
-        self._denoisers = {name: name.partition(":")[0] for name, target in targets.items() if target.is_denoiser}
-        self.busy_seconds = dict.fromkeys(self._denoisers.values(), 0.0)
+        self._denoisers: dict[str, str] = {}
+        self.busy_seconds: dict[str, float] = {}
         self.longest = 0.0  # seconds
+
+    def attach(self, targets: Mapping[str, Target]) -> None:
+        """A model came into memory."""
+        found = {name: name.partition(":")[0] for name, target in targets.items() if target.is_denoiser}
+        # New ones in place of the old: the thread that reads the gauges may be walking through those.
+        self._denoisers = self._denoisers | found
+        self.busy_seconds = dict.fromkeys(found.values(), 0.0) | self.busy_seconds
 
     def forward(self, module_name: str, rows: int, runs: int, seconds: float) -> None:
         self.longest = max(self.longest, seconds)
+        self._metrics.forward_seconds_total.labels(*module_name.split(":", 1)).inc(seconds)
         if module_name not in self._denoisers:
             return
         model = self._denoisers[module_name]
@@ -83,8 +94,9 @@ class Announcer:
         self._seen = (time.monotonic(), dict(observer.busy_seconds))
 
     def __call__(self) -> None:
-        runs = self._consumer.room.images
-        processes.beat(self._redis, replace(self._process, runs=runs))
+        runs, keeper = self._consumer.room.images, self._consumer.keeper
+        process = replace(self._process, runs=runs, models=keeper.served, warm=keeper.warm)
+        processes.beat(self._redis, process)
         if not self._redis.exists(self._consumer.key):  # Redis was emptied: RQ's tools shall see us again
             self._consumer.register_birth()
             self._consumer.set_state(WorkerStatus.STARTED)
@@ -94,11 +106,17 @@ class Announcer:
     def _gauge(self) -> None:
         now, (since, before) = time.monotonic(), self._seen
         for model, busy in self._observer.busy_seconds.items():
-            share = (busy - before[model]) / max(now - since, 1e-6)
+            share = (busy - before.get(model, 0.0)) / max(now - since, 1e-6)
             self._metrics.denoiser_busy_ratio.labels(model).set(min(share, 1.0))
         self._seen = (now, dict(self._observer.busy_seconds))
         memory = self._metrics.device_memory_bytes
         memory.labels("cpu", "peak").set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        keeper = self._consumer.keeper
+        memory.labels(keeper.device.type, "models").set(keeper.bytes)
+        memory.labels(keeper.device.type, "models_limit").set(keeper.memory.device)
+        if keeper.memory.host:
+            memory.labels("cpu", "models").set(keeper.parked_bytes)
+            memory.labels("cpu", "models_limit").set(keeper.memory.host)
         if torch.cuda.is_available():
             memory.labels("cuda", "allocated").set(torch.cuda.memory_allocated())
             memory.labels("cuda", "peak").set(torch.cuda.max_memory_allocated())
@@ -118,30 +136,35 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Serve the catalog's models until told to stop. Raises ConfigError."""
     torch.set_num_threads(settings.threads)
-    work(settings, lambda: {spec.name: load(spec, settings.device, spec.dtype) for spec in served(settings)})
+    device = settings.device
+    work(settings, lambda spec: load(spec, device, spec.dtype), lambda spec: size(spec, device, spec.dtype))
 
 
-def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) -> None:
-    """Build everything, warm up, and work until told to stop. Raises ConfigError."""
+def work(
+    settings: Settings,
+    load: Callable[[ModelSpec], WarmModel],
+    size: Callable[[ModelSpec], int] = lambda _: 0,
+) -> None:
+    """Build everything, warm up, and work until told to stop. Raises ConfigError.
+
+    `size` says how many bytes a model will take; 0: nobody knows until it was loaded.
+    """
     threading.excepthook = _end
     failpoints.arm(settings.failpoints)
     url = redis_url(settings)
     storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
     metrics = WorkerMetrics()
-    started = time.monotonic()
-    models = load_models()
-    targets = {f"{name}:{part}": target for name, model in models.items() for part, target in model.modules.items()}
-    observer = ForwardMetrics(metrics, targets)
-    engine = Engine(targets, observer, max_batch=None if settings.max_batch == "auto" else settings.max_batch)
-    for model in models.values():
-        warm_up(model, engine)
-        metrics.model_load_seconds.labels(model.spec.name).set(time.monotonic() - started)
-        log.info("model.warm", model=model.spec.name, device=str(model.device))
+    observer = ForwardMetrics(metrics)
+    engine = Engine({}, observer, max_batch=None if settings.max_batch == "auto" else settings.max_batch)
+    device = pick_device(settings.device)
+    memory = Memory(device_budget(settings.model_memory, device), host_budget(settings.host_memory, device))
+    keeper = Keeper(served(settings), load, engine, metrics, device=device, memory=memory, size=size, observer=observer)
+    keeper.start()
 
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     rq_connection = connect(url, decode=False)
     _await_redis(rq_connection)
-    queues = [queue_name(model) for model in models]
+    queues = [queue_name(model) for model in keeper.places]
     rq_queues = [
         Queue(lane, connection=rq_connection, serializer=JSONSerializer) for queue in queues for lane in lanes(queue)
     ]
@@ -154,7 +177,7 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
         connection=rq_connection,
         serializer=JSONSerializer,
         engine=engine,
-        models=models,
+        keeper=keeper,
         metrics=metrics,
         room=room,
         grace_seconds=settings.grace_seconds,
@@ -172,8 +195,7 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
         kind="worker",
         metrics=serve_metrics(settings, metrics.registry),
         version=version("safelight"),
-        models=tuple(models),
-        device=", ".join(sorted({str(m.device) for m in models.values()})),
+        device=str(device),
         max_runs=settings.max_runs,
         started_at=time.time(),
     )
@@ -187,14 +209,15 @@ def work(settings: Settings, load_models: Callable[[], dict[str, WarmModel]]) ->
         bell=consumer.bell,
         on_hung=_end_hung,
     )
-    intake = Intake(leases(), connect(url), queues, room, consumer.bell)
+    intake = Intake(leases(), connect(url), Turns(connect(url), name, keeper), room, queues=queues, bell=consumer.bell)
     finisher = Finisher(storage, spool, leases(), consumer.make_room, consumer.end)
     reaper = Reaper(
         leases(), connect(url), storage, metrics.recovered_jobs_total, queues, lease_seconds=settings.lease_seconds
     )
     witness = Witness(leases(timeout=min(1.0, settings.lease_seconds / 5)))
-    consumer.use(intake, heart, pulse, finisher, reaper, viewers=Viewers(leases()), witness=witness)
-    log.info("worker.ready", name=name, models=list(models), metrics=process.metrics)
+    sources = Sources(storage, consumer.bell)
+    consumer.use(intake, heart, pulse, finisher, reaper, sources=sources, viewers=Viewers(leases()), witness=witness)
+    log.info("worker.ready", name=name, models=keeper.served, warm=keeper.warm, metrics=process.metrics)
     try:
         consumer.work()
     finally:

@@ -63,6 +63,11 @@ def task_of(asked: "GenerationRequest | GenerationParams") -> Task:
     return next((task for name, task in named.items() if getattr(asked, name) is not None), Task.IMAGE_TO_IMAGE)
 
 
+def ability_of(params: "GenerationParams") -> Ability:
+    """What the model that makes it has to be able to do."""
+    return "upscaling" if params.upscale_method == "model" else _NEEDS[task_of(params)]
+
+
 def tasks_of(spec: ModelSpec) -> list[str]:
     """Everything the model can be asked for, as GET /v1/models shows it."""
     found: list[str] = [task for task, ability in _NEEDS.items() if ability in spec.tasks]

@@ -37,7 +37,7 @@ def submit(client, **request):
 
 
 def objects(api):
-    return [path for path in (api.settings.data / "objects" / "uploads").rglob("*.png")]
+    return list((api.settings.data / "objects" / "uploads").rglob("*.png"))
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def park(run: Run, name: str, target: Target, kwargs: dict[str, Any]) -> Call:
     ragged = frozenset[str]() if run.reproducible else target.ragged
     # The sum over a taller stack is rounded otherwise, so a reproducible run's company has stacks as tall as its own.
     stack = len(run.adapters) if run.reproducible and target.adapters else 0
-    return Call(run, name, target, kwargs, rows, (name, stack, signature(kwargs, rows, ragged=ragged)))
+    tiling = run.tiling and bool(target.convolutions)
+    return Call(run, name, target, kwargs, rows, (name, stack, tiling, signature(kwargs, rows, ragged=ragged)))
 
 
 def fill_up(kwargs: dict[str, Any], text: str, mask: str) -> dict[str, Any]:

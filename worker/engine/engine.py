@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,14 @@ from greenlet import getcurrent, greenlet
 
 from app.core.errors import GenerationFailed, OutOfMemory, SafelightError
 from worker.engine.batcher import Batcher, Shape
-from worker.engine.calibrate import measure
+from worker.engine.calibrate import Curve, measure
 from worker.engine.call import Call, join, merge, park, part, split
 from worker.engine.encodings import Encodings, copied, key_of
 from worker.engine.faults import DeviceLost, is_device_lost, is_out_of_memory
 from worker.engine.intercept import intercept
 from worker.engine.run import Aborted, Run
 from worker.engine.target import Target
+from worker.engine.tiling import tiled
 
 STARTING_SECONDS = 0.05  # of one step may go into starting new runs; one is always started
 BUCKET_ROWS = 8  # a constant, not a measurement: a reproducible picture has to come out the same in another process
@@ -46,7 +47,7 @@ class Silent:
 
 
 class Engine:
-    """Runs in flight over the intercepted `targets` of one warm model.
+    """Runs in flight over the intercepted `targets` of warm models, which may come and go.
 
     One thread owns it: `add`, `abort` and `step` are called from that thread, and not from within a run.
     """
@@ -71,7 +72,24 @@ class Engine:
         self._added = 0
         self._calibrated: set[Shape] = set()
         self._is_lost = False
-        self._undo = [intercept(t, self._is_run, partial(self._park, name, t)) for name, t in targets.items()]
+        self._undo: dict[str, Callable[[], None]] = {}
+        self.attach(targets)
+
+    def attach(self, targets: Mapping[str, Target], curves: Mapping[Shape, Curve] | None = None) -> None:
+        """Take more modules in; `curves` are what was measured of them elsewhere, or before they were detached."""
+        for name, target in targets.items():
+            assert name not in self._undo, f"{name} is attached already"
+            self._undo[name] = intercept(target, self._is_run, partial(self._park, name, target))
+        for shape, curve in (curves or {}).items():
+            if shape not in self._calibrated:
+                self.batcher.learn(shape, curve)
+                self._calibrated.add(shape)
+
+    def detach(self, names: Collection[str]) -> None:
+        """Give these modules their methods back; no run may be using them. What was measured of them stays known."""
+        for name in names:
+            self._undo.pop(name)()
+        self.encodings.forget(names)
 
     @property
     def is_idle(self) -> bool:
@@ -141,7 +159,7 @@ class Engine:
         for run_id in list(self.runs):
             self.abort(run_id)
         while self._undo:
-            self._undo.pop()()
+            self._undo.popitem()[1]()
 
     # Choose: starting runs, and parking their calls.
 
@@ -310,7 +328,7 @@ def _execute(batch: Sequence[Call], padding: int) -> tuple[list[Any], float]:
     """One forward: the result of each call, and the seconds until the device was done with all."""
     target = batch[0].target
     start = time.perf_counter()
-    with _adapted(batch, padding):
+    with _adapted(batch, padding), tiled(target.convolutions if batch[0].run.tiling else ()):
         output = target.original(**merge(batch, padding))
     if target.device.type != "cpu":
         torch.accelerator.synchronize(target.device)

@@ -52,6 +52,16 @@ class Adapters:
         finally:
             self._active = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.downs.nbytes + layer.ups.nbytes for layer in self._layers.values())
+
+    def to(self, device: torch.device) -> None:
+        """Follow the module to another device; no forward is under way."""
+        self._gathered.clear()
+        for layer in self._layers.values():
+            layer.downs, layer.ups = layer.downs.to(device), layer.ups.to(device)
+
     def close(self) -> None:
         """Leave the module as it was."""
         while self._undo:
@@ -118,6 +128,10 @@ class _Layer:
         """Each row by its own kernels, as one convolution in groups: (rows, stack * rank, pixels)."""
         conv = self.module
         assert isinstance(conv, torch.nn.Conv2d)
+        padding = conv.padding
+        if conv.padding_mode == "circular":  # of a run that tiles
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode="circular")  # noqa: SLF001  # as torch does it
+            padding = (0, 0)
         joined = x.reshape(1, -1, *x.shape[2:])
-        inner = F.conv2d(joined, down.flatten(0, 1), None, conv.stride, conv.padding, conv.dilation, groups=len(down))
+        inner = F.conv2d(joined, down.flatten(0, 1), None, conv.stride, padding, conv.dilation, groups=len(down))
         return inner.view(*down.shape[:2], -1)

@@ -51,5 +51,10 @@ class Target:
         return self.phase is Phase.ENCODING and self.method == "forward"
 
     @cached_property
+    def convolutions(self) -> tuple[torch.nn.Conv2d, ...]:
+        """Those whose padding goes round the edges of a picture that shall repeat without a seam."""
+        return tuple(m for m in self.module.modules() if isinstance(m, torch.nn.Conv2d) and any(m.padding))
+
+    @cached_property
     def device(self) -> torch.device:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))

@@ -1,25 +1,28 @@
 """Load: a ModelSpec -> a warm diffusers pipeline, from safetensors and JSON alone; no code of a folder is ever run."""
 
-import json
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import structlog
 import torch
 import transformers
 
+from app.core import hub, model_check
 from app.core.catalog import ModelSpec
-from app.core.errors import ConfigError
-from worker.engine.lora import Adapters
+from app.core.errors import ConfigError, ModelRefused
+from worker.engine.lora import Adapters, Layers
 from worker.engine.target import Phase, Target
-from worker.pipelines import lora, schedulers
+from worker.pipelines import lora, previews, schedulers
 from worker.pipelines.arguments import unused
+from worker.pipelines.previews import Previewer
+from worker.pipelines.variants import Variants
 
-EXECUTABLE = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".py", ".pyc", ".so", ".npy", ".npz"})
-REMOTE_CODE = ("auto_map", "custom_pipeline", "trust_remote_code")
-LIBRARIES = frozenset({"diffusers", "transformers"})
+log = structlog.get_logger()
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 # Where the engine's merge rule is wrong or wasteful for a class (diffusers 0.42.1).
@@ -43,25 +46,94 @@ class WarmModel:
     modules: dict[str, Target]
     device: torch.device
     dtype: torch.dtype
+    variants: Variants  # the pipelines of its tasks, of the same modules
+    previewer: Previewer | None = None
 
 
 def load(spec: ModelSpec, device: str = "auto", dtype: str = "auto") -> WarmModel:
-    """Load `spec` and put it on `device`. Raises ConfigError, before anything of the folder is imported or read in."""
+    """Load `spec` and put it on `device`. Raises ModelRefused before anything of its files is imported, ConfigError.
+
+    Loading in one thread leaves what other threads compute as it is.
+    """
     place = pick_device(device)
     precision = pick_dtype(spec.dtype if dtype == "auto" else dtype, place)
-    folder = spec.source or _download(spec)
-    pipeline_class = check_folder(folder)
+    source = locate(spec)
+    pipeline_class = _pipeline_class(model_check.check(spec, source), source)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     try:
-        pipe = pipeline_class.from_pretrained(folder, dtype=precision, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"model {spec.name!r} cannot be loaded from {folder}: {error}") from error
-    return warm(spec, pipe.to(place), place, precision)
+        with own_defaults():
+            pipe = _read(spec, source, pipeline_class, precision)
+            controlnets = {kind: _controlnet(net.source, precision) for kind, net in spec.controlnets.items()}
+        return warm(spec, pipe.to(place), place, precision, {k: net.to(place) for k, net in controlnets.items()})
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ConfigError(f"model {spec.name!r} cannot be loaded from {source}: {error}") from error
 
 
-def warm(spec: ModelSpec, pipe: Any, device: torch.device, dtype: torch.dtype) -> WarmModel:
-    """A WarmModel of a pipeline that is built and in its place. Raises ConfigError."""
+def locate(spec: ModelSpec, *, only_local: bool = False) -> Path:
+    """Where the model's files lie: its source, or the hub's snapshot, which is downloaded unless `only_local`."""
+    if spec.source:
+        return spec.source
+    assert spec.hub, "the catalog has seen to it"
+    assert spec.revision, "the catalog has seen to it"
+    return hub.fetch(spec.hub, spec.revision, only_local=only_local)
+
+
+def size(spec: ModelSpec, device: str = "auto", dtype: str = "auto") -> int:
+    """Bytes of memory that the model will take. Raises ConfigError where its files are not here."""
+    precision = pick_dtype(spec.dtype if dtype == "auto" else dtype, pick_device(device))
+    return model_check.size_of(spec, locate(spec, only_local=True), precision.itemsize)
+
+
+def _read(spec: ModelSpec, source: Path, pipeline_class: Any, dtype: torch.dtype) -> Any:
+    if not spec.config:
+        return pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+    if not hasattr(pipeline_class, "from_single_file"):
+        raise ConfigError(f"model {spec.name!r}: {pipeline_class.__name__} cannot be read from a single file")
+    pipe = pipeline_class.from_single_file(
+        str(source), config=str(spec.config), torch_dtype=dtype, local_files_only=True
+    )
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
+            raise ConfigError(f"model {spec.name!r}: {source} lacks weights of its {name}")
+    return pipe
+
+
+def _controlnet(folder: Path, dtype: torch.dtype) -> Any:
+    model_check.check_files(folder)
+    return diffusers.ControlNetModel.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Within, torch's default dtype stays as it is for the other threads.
+
+    diffusers and transformers set it while they build a model, and it is one for the whole process: a run of another
+    model would be given numbers of the wrong type. They convert what they have read themselves, so it need not be set.
+    """
+    original, loader = torch.set_default_dtype, threading.get_ident()
+
+    def set_for_others(dtype: torch.dtype) -> None:
+        if threading.get_ident() != loader:
+            original(dtype)
+
+    torch.set_default_dtype = set_for_others
+    try:
+        yield
+    finally:
+        torch.set_default_dtype = original
+
+
+def warm(
+    spec: ModelSpec,
+    pipe: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    controlnets: Mapping[str, Any] | None = None,
+) -> WarmModel:
+    """A WarmModel of a pipeline that is built and in its place, as are its ControlNets. Raises ConfigError."""
     schedulers.check(spec.schedulers, pipe.scheduler, spec.name)
     if dtype is torch.float16 and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         # The pipeline would turn the VAE to float32 and back in place, under the runs of others.
@@ -70,25 +142,43 @@ def warm(spec: ModelSpec, pipe: Any, device: torch.device, dtype: torch.dtype) -
         left = sorted(set(spec.accepts) - vain)
         raise ConfigError(f"model {spec.name!r} has no use for {', '.join(sorted(vain))}; set accepts = {left}")
     pipe.set_progress_bar_config(disable=True)
-    return WarmModel(spec, pipe, _adapted(targets(pipe), spec, pipe), device, dtype)
+    variants = Variants(spec, pipe, controlnets)
+    side = max(spec.defaults.width, spec.defaults.height)
+    adapters = _adapters(spec, pipe)
+    spec = spec.model_copy(update={"loras": {name: spec.loras[name] for name in adapters}})
+    modules = _adapted(targets(pipe, controlnets), adapters)
+    return WarmModel(spec, pipe, modules, device, dtype, variants, previews.fit(pipe, side))
 
 
-def _adapted(found: dict[str, Target], spec: ModelSpec, pipe: Any) -> dict[str, Target]:
-    """The targets, with all adapters of the catalog at the denoisers they are for."""
-    read = {name: lora.read(entry.source, pipe, spec.name) for name, entry in spec.loras.items()}
+def _adapters(spec: ModelSpec, pipe: Any) -> dict[str, dict[str, Layers]]:
+    """The catalog's adapters that are of this model; the others are no reason to be without the model."""
+    found = {}
+    for name, entry in spec.loras.items():
+        try:
+            model_check.check_hashes(entry.source, entry.sha256 or {})
+            found[name] = lora.read(entry.source, pipe, spec.name)
+        except ConfigError as error:
+            log.error("adapter.refused", model=spec.name, adapter=name, reason=error.message)  # noqa: TRY400
+    return found
+
+
+def _adapted(found: dict[str, Target], read: dict[str, dict[str, Layers]]) -> dict[str, Target]:
+    """The targets, with all adapters at the denoisers they are for."""
     for part in {part for parts in read.values() for part in parts}:
         own = {name: parts[part] for name, parts in read.items() if part in parts}
         found[part] = replace(found[part], adapters=Adapters(found[part].module, own))
     return found
 
 
-def targets(pipe: Any) -> dict[str, Target]:
+def targets(pipe: Any, controlnets: Mapping[str, Any] | None = None) -> dict[str, Target]:
     """The modules whose calls runs share: denoisers, encoders, and the VAE from both sides."""
     found = {name: Target(module, Phase.DENOISING, **_exceptions(module)) for name, module in _modules(pipe, DENOISERS)}
     found |= {name: Target(module, Phase.ENCODING) for name, module in _modules(pipe, ENCODERS)}
     for name, vae in _modules(pipe, ("vae",)):
         found[f"{name}.encode"] = Target(vae, Phase.ENCODING, "encode")
         found[f"{name}.decode"] = Target(vae, Phase.DECODING, "decode", **_exceptions(vae))
+    for kind, net in (controlnets or {}).items():
+        found[f"controlnet.{kind}"] = Target(net, Phase.DENOISING)
     return found
 
 
@@ -125,66 +215,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def check_folder(folder: Path) -> Any:
-    """The pipeline class that the folder's model_index.json names. Raises ConfigError for whatever could run code."""
-    index = _read_json(folder / "model_index.json")
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in EXECUTABLE:
-            raise ConfigError(f"{file} could run code when loaded; keep only safetensors and JSON in {folder}")
-        if file.suffix == ".json" and file.name.endswith(("config.json", "index.json")):
-            _check_keys(_read_json(file), file)
-    if not isinstance(index, dict):
-        raise ConfigError(f"cannot read {folder}/model_index.json: it holds no table of components")
-    for name, entry in index.items():
-        if isinstance(entry, list):
-            _check_component(name, entry, folder)
-    return _pipeline_class(index.get("_class_name"), folder)
+    """The pipeline class that the folder's model_index.json names. Raises ModelRefused for whatever could run code."""
+    return _pipeline_class(model_check.check_folder(folder), folder)
 
 
-def _check_keys(config: Any, file: Path) -> None:
-    """No key, however deep, asks for code from elsewhere."""
-    if isinstance(config, Mapping):
-        for key in REMOTE_CODE:
-            if key in config:
-                raise ConfigError(f"{file} asks for code of its own ({key}); only classes of diffusers are loaded")
-    for value in config.values() if isinstance(config, Mapping) else config if isinstance(config, list) else ():
-        _check_keys(value, file)
-
-
-def _check_component(name: str, entry: list[Any], folder: Path) -> None:
-    """A component's library is a known one: diffusers would import whatever is named here."""
-    if name.startswith("_"):
-        return  # _class_name has a check of its own
-    library = entry[0] if entry else None
-    if library is None or library in LIBRARIES or (isinstance(library, str) and _is_pipeline_module(library)):
-        return
-    raise ConfigError(
-        f"{folder}/model_index.json takes {name} from {library!r}; only diffusers and transformers may be"
-    )
-
-
-def _is_pipeline_module(library: str) -> bool:
-    """A safety checker comes from a module of a pipeline, as "stable_diffusion"."""
-    return library.isidentifier() and hasattr(diffusers.pipelines, library)
-
-
-def _pipeline_class(name: Any, folder: Path) -> Any:
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+def _pipeline_class(name: str, source: Path) -> Any:
+    found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise ConfigError(f"{folder}/model_index.json: {name!r} is not a pipeline class of diffusers")
+        raise ModelRefused(f"{source}: {name!r} is not a pipeline class of diffusers")
     return found
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
-
-
-def _download(spec: ModelSpec) -> Path:
-    """The folder of a hub repository at its pinned revision; nothing of it is imported here."""
-    try:
-        folder = diffusers.DiffusionPipeline.download(spec.hub, revision=spec.revision, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {spec.name!r}: cannot get {spec.hub} at {spec.revision}: {error}") from error
-    return Path(folder)

@@ -6,23 +6,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from app.core.errors import GenerationFailed, InvalidOutput
 from app.core.params import GenerationParams
-from worker.engine.engine import Engine
+from app.core.tasks import ability_of, strength_of
+from worker.engine.engine import CALIBRATED_ROWS, Engine
 from worker.engine.run import Run
-from worker.pipelines import schedulers
+from worker.pipelines import previews, schedulers
 from worker.pipelines.arguments import arguments
 from worker.pipelines.load import WarmModel
+from worker.pipelines.pictures import NOTHING, Picture, Source, prepare
 
-Picture = npt.NDArray[np.uint8]
 
-
-def runs_for(model: WarmModel, params: GenerationParams, job_id: str) -> list[Run]:
+def runs_for(model: WarmModel, params: GenerationParams, job_id: str, source: Source = NOTHING) -> list[Run]:
     """One run an image, called `job_id/0`, `job_id/1`, ...; its result is a uint8 array of height x width x 3.
 
-    A video's result has the frames before that: frames x height x width x 3. Fails with InvalidOutput on a NaN.
-    Raises GenerationFailed for an adapter that this worker has not loaded.
+    `source` is what it starts from. A video's result has the frames before that: frames x height x width x 3. Fails
+    with InvalidOutput on a NaN. Raises GenerationFailed for an adapter that this worker has not loaded.
     """
     for lora in params.loras:
         if lora.name not in model.spec.loras:
@@ -32,8 +33,9 @@ def runs_for(model: WarmModel, params: GenerationParams, job_id: str) -> list[Ru
     return [
         Run(
             id=f"{job_id}/{i}",
-            body=partial(paint, model, params, params.seed_of(i)),
-            steps=schedulers.KINDS[params.scheduler].taken(params.num_inference_steps),
+            body=partial(paint, model, params, source, params.seed_of(i)),
+            steps=steps_of(params),
+            tiling=params.tiling,
             adapters=tuple((lora.name, lora.weight) for lora in params.loras if lora.weight),
             reproducible=params.reproducible,
         )
@@ -41,12 +43,20 @@ def runs_for(model: WarmModel, params: GenerationParams, job_id: str) -> list[Ru
     ]
 
 
-def paint(model: WarmModel, params: GenerationParams, seed: int, run: Run) -> Picture:
+def steps_of(params: GenerationParams) -> int:
+    """Denoising steps of one picture; a pipeline that starts from an image says itself when it differs by one."""
+    strength = strength_of(params)
+    asked = params.num_inference_steps
+    return schedulers.KINDS[params.scheduler].taken(asked if strength is None else min(int(asked * strength), asked))
+
+
+def paint(model: WarmModel, params: GenerationParams, source: Source, seed: int, run: Run) -> Picture:
     """Make one picture; within an engine's run, or alone."""
-    pipe = copy.copy(model.pipe)
+    pipe = copy.copy(model.variants.get(ability_of(params), tuple(control.type for control in params.controls)))
     pipe.scheduler = schedulers.make(params.scheduler, model.pipe.scheduler.config)
-    output = pipe(**arguments(pipe, params, seed, run))
-    return to_picture(output[0][0])
+    previews.follow(run, pipe, model.previewer, params.height, params.width)
+    output = pipe(**arguments(pipe, params, seed, run, source))
+    return source.kept_in(to_picture(output[0][0]))
 
 
 def to_picture(values: npt.NDArray[np.floating[Any]]) -> Picture:
@@ -56,15 +66,21 @@ def to_picture(values: npt.NDArray[np.floating[Any]]) -> Picture:
     return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def warm_up(model: WarmModel, engine: Engine) -> None:
-    """Make a picture of two steps at the default size, measuring each module on the way. Raises what the run raises."""
+def warm_up(model: WarmModel, engine: Engine, rows: int = CALIBRATED_ROWS) -> None:
+    """Make a picture of two steps at the default size, measuring each module up to `rows` rows on the way.
+
+    Raises what the run raises.
+    """
     spec = model.spec
     given = spec.defaults.model_dump() | {"num_inference_steps": 2}
+    if spec.upscale_factor:
+        given |= {"image": "a lamp", "upscale": spec.upscale_factor, "upscale_method": "model"}
     params = GenerationParams(model=spec.name, prompt="a lamp", seed=0, num_images=1, output_format="png", **given)
-    [run] = runs_for(model, params, "warm-up")
+    source = prepare(params, {"a lamp": Image.new("RGB", (spec.defaults.width, spec.defaults.height))})
+    [run] = runs_for(model, params, "warm-up", source)
     engine.add(run)
     while not run.is_finished:
         engine.step()
-        engine.calibrate()
+        engine.calibrate(rows)
     if run.error:
         raise run.error
