@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from queue import SimpleQueue
 from typing import Final
 
@@ -12,8 +12,10 @@ from redis.exceptions import RedisError
 
 from app.core import redis_keys as keys
 from worker.leases import Claim, Leases, Turn
+from worker.turns import Turns
 
 log = structlog.get_logger()
+PATIENT_SECONDS: Final = 0.25  # between looks at jobs that are left to another worker for a while
 LOOK_SECONDS: Final = 1.0  # between looks when no wake-up came: pub/sub may lose one
 AWAY_SECONDS: Final = 0.5  # between tries while Redis is away
 
@@ -69,14 +71,23 @@ class Intake:
     """Claims jobs while there is room and puts them into `claims`; `is_open` False: takes nothing new."""
 
     def __init__(
-        self, leases: Leases, listener: Redis, queues: Sequence[str], room: Room, bell: threading.Event
+        self,
+        leases: Leases,
+        listener: Redis,
+        turns: Turns,
+        room: Room,
+        *,
+        queues: Collection[str],
+        bell: threading.Event,
     ) -> None:
+        """`queues`: all that it may ever ask; `turns` says which now."""
         self.claims: SimpleQueue[Claim] = SimpleQueue()
         self.canceled: SimpleQueue[str] = SimpleQueue()
         self.is_open = True
         self._leases = leases
         self._listener = listener
-        self._queues = list(queues)
+        self._queues = frozenset(queues)
+        self._turns = turns
         self._room = room
         self._bell = bell  # wakes the step loop
         self._wake = threading.Event()
@@ -107,7 +118,7 @@ class Intake:
             self._wake.clear()
             try:
                 if not self._claim_some():
-                    self._wake.wait(LOOK_SECONDS)
+                    self._wake.wait(PATIENT_SECONDS if self._turns.has_patience else LOOK_SECONDS)
             except (RedisError, OSError) as error:
                 log.warning("redis.unavailable", error=type(error).__name__)
                 self._wake.wait(AWAY_SECONDS)
@@ -115,7 +126,7 @@ class Intake:
     def _claim_some(self) -> bool:
         """One job of each queue that has one, in turn, so that no model starves another; whether there was any."""
         found = False
-        for queue in self._queues:
+        for queue in self._turns.next():
             if not (self.is_open and self._room.has_room):
                 return False
             turn = self._leases.claim(queue, is_idle=self._room.is_empty, passing=self._room.passing)

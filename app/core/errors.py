@@ -12,15 +12,20 @@
     + ModelNotFound                404  model_not_found
   x Conflict                       409  conflict
   x TooLarge                       413  too_large
+  x LimitReached                   429  limit_reached
   x Overloaded                     503  overloaded
   x Unavailable                    503  unavailable
     + QueueUnavailable             503  queue_unavailable
     + StorageUnavailable           503  storage_unavailable
   x ConfigError                         (stops the process at start)
+    + ModelRefused                      (files of a model that could run code, or are not what was pinned)
   x JobError                            (ends a job; never an HTTP status)
     + GenerationFailed                  generation_failed
     + InvalidOutput                     invalid_output
     + OutOfMemory                       out_of_memory
+    + PromptTooLong                     prompt_too_long
+    + ContentRefused                    content_refused
+    + ModelUnavailable                  model_unavailable
 """
 
 from http import HTTPStatus
@@ -36,6 +41,7 @@ class SafelightError(Exception):
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after  # seconds
+        self.headers: dict[str, str] = {}  # of the reply, besides those that every error has
 
 
 class InvalidRequest(SafelightError):  # noqa: N818  # the tree reads as nouns, not as ...Error
@@ -88,6 +94,11 @@ class TooLarge(SafelightError):  # noqa: N818
     code = "too_large"
 
 
+class LimitReached(SafelightError):  # noqa: N818
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "limit_reached"
+
+
 class Overloaded(SafelightError):  # noqa: N818
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
@@ -112,6 +123,10 @@ class ConfigError(SafelightError):
     code = "config_error"
 
 
+class ModelRefused(ConfigError):  # noqa: N818
+    """Files of a model could run code, lead elsewhere, or are not what was pinned; nothing of them was read in."""
+
+
 class JobError(SafelightError):
     """Ends a job as failed; `code` and `message` become the job's error."""
 
@@ -128,3 +143,15 @@ class InvalidOutput(JobError):  # noqa: N818
 
 class OutOfMemory(JobError):  # noqa: N818
     code = "out_of_memory"
+
+
+class PromptTooLong(JobError):  # noqa: N818
+    code = "prompt_too_long"
+
+
+class ContentRefused(JobError):  # noqa: N818
+    code = "content_refused"
+
+
+class ModelUnavailable(JobError):  # noqa: N818
+    code = "model_unavailable"

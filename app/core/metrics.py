@@ -18,12 +18,15 @@ NAMES = frozenset(
         "job_duration_seconds",
         "queue_wait_seconds",
         "step_duration_seconds",
+        "forward_seconds_total",
         "batch_rows",
         "batch_runs",
         "phase_seconds",
         "runs_in_flight",
         "denoiser_busy_ratio",
         "model_load_seconds",
+        "model_loads_total",
+        "model_evictions_total",
         "device_memory_bytes",
         "unstored_bytes",
         "wasted_seconds_total",
@@ -81,12 +84,15 @@ class WorkerMetrics:
     job_duration_seconds: Histogram = field(init=False)
     queue_wait_seconds: Histogram = field(init=False)
     step_duration_seconds: Histogram = field(init=False)
+    forward_seconds_total: Counter = field(init=False)
     batch_rows: Histogram = field(init=False)
     batch_runs: Histogram = field(init=False)
     phase_seconds: Histogram = field(init=False)
     runs_in_flight: Gauge = field(init=False)
     denoiser_busy_ratio: Gauge = field(init=False)
     model_load_seconds: Gauge = field(init=False)
+    model_loads_total: Counter = field(init=False)
+    model_evictions_total: Counter = field(init=False)
     device_memory_bytes: Gauge = field(init=False)
     unstored_bytes: Gauge = field(init=False)
     wasted_seconds_total: Counter = field(init=False)
@@ -117,6 +123,12 @@ class WorkerMetrics:
                 buckets=STEP_BUCKETS,
                 registry=r,
             ),
+            "forward_seconds_total": Counter(
+                "safelight_forward_seconds_total",
+                "Seconds of forwards: of the denoiser, the text encoders and the VAE.",
+                ["model", "module"],
+                registry=r,
+            ),
             "batch_rows": Histogram(
                 "safelight_batch_rows", "Rows of one denoiser forward.", ["model"], buckets=ROW_BUCKETS, registry=r
             ),
@@ -143,6 +155,12 @@ class WorkerMetrics:
             ),
             "model_load_seconds": Gauge(
                 "safelight_model_load_seconds", "Seconds to load and warm up the model.", ["model"], registry=r
+            ),
+            "model_loads_total": Counter(
+                "safelight_model_loads_total", "Loads of the model: ok or failed.", ["model", "outcome"], registry=r
+            ),
+            "model_evictions_total": Counter(
+                "safelight_model_evictions_total", "Times the model made room for another.", ["model"], registry=r
             ),
             "device_memory_bytes": Gauge(
                 "safelight_device_memory_bytes",

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal
 
 from redis import Redis
@@ -22,11 +22,13 @@ class Process:
     kind: Literal["worker", "sender"]
     metrics: str
     version: str
-    models: Sequence[str] = ()
+    models: Sequence[str] = ()  # that it serves
+    warm: Sequence[str] = ()  # of these in memory, or on the way there
     device: str = ""
     runs: int = 0  # images in the making
     max_runs: int = 0
     started_at: float = 0.0  # seconds since the epoch
+    paces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by model: see estimates.Pace
 
 
 def beat(redis: Redis, process: Process) -> None:
@@ -45,6 +47,19 @@ def leave(redis: Redis, name: str) -> None:
     pipeline.execute()
 
 
+def live_now(redis: Redis) -> list[Process]:
+    """All live processes, for a caller that may wait."""
+    names: list[Any] = redis.zrange(keys.PROCESSES, 0, -1)
+    found: list[Any] = redis.mget([keys.PROCESS + name for name in names]) if names else []
+    return [_read(text) for text in found if text]
+
+
+def _read(text: str) -> Process:
+    """What another version says of itself that we do not know is passed over."""
+    said = json.loads(text)
+    return Process(**{field.name: said[field.name] for field in fields(Process) if field.name in said})
+
+
 async def live(redis: AsyncRedis) -> list[Process]:
     """All live processes; the names of those that went silently are forgotten."""
     names: list[Any] = await redis.zrange(keys.PROCESSES, 0, -1)
@@ -53,4 +68,4 @@ async def live(redis: AsyncRedis) -> list[Process]:
     found: list[Any] = await redis.mget([keys.PROCESS + name for name in names])
     if gone := [name for name, text in zip(names, found, strict=True) if text is None]:
         await redis.zrem(keys.PROCESSES, *gone)
-    return [Process(**json.loads(text)) for text in found if text]
+    return [_read(text) for text in found if text]

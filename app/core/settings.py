@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import secrets
 import tempfile
 from base64 import b64encode
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.core.errors import ConfigError
@@ -24,6 +33,19 @@ def _is_url(value: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http:// or https:// URL")
     return value.rstrip("/")
+
+
+def _bytes(value: object) -> object:
+    """None for auto; 20GB, 512 MiB or a plain number of bytes."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "auto":
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
+    if not found:
+        raise ValueError("must be auto or a size, as 20GB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 class Settings(BaseSettings):
@@ -44,12 +66,26 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of a forward; more are slower on shared cores")
     max_batch: int | Literal["auto"] = "auto"
+    model_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        None, description="bytes of models in the device's memory, as 20GB; auto: most of what it has"
+    )
+    host_memory: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        None, description="bytes of models that left a GPU in the host's memory; auto: half of what it has"
+    )
     max_runs: int = Field(64, ge=1, le=4096, description="images admitted at once")
     spool_memory: int = Field(64 << 20, ge=0, description="bytes of pictures that wait for the store, in memory")
     spool_disk: int = Field(1 << 30, ge=0, description="bytes of them in files beyond that")
     lease_seconds: float = Field(15, ge=1, le=3600)
     grace_seconds: float = Field(60, ge=0, le=3600)
     retention: float = Field(86400, ge=60, description="seconds until a finished job, its objects and its key go")
+    tenant_rate: float = Field(0, ge=0, description="denoiser-seconds a second that a tenant may hand in; 0: any")
+    tenant_burst: float = Field(0, ge=0, description="denoiser-seconds it may hand in at once; 0: a minute of the rate")
+    tenant_max_running: int = Field(0, ge=0, description="jobs of a tenant in the making; 0: any number")
+    tenant_max_waiting: int = Field(0, ge=0, description="jobs of a tenant that wait; 0: any number")
+    tenant_max_streams: int = Field(0, ge=0, description="event streams of a tenant at one API process; 0: any number")
+    max_wait: float = Field(
+        86400, ge=0, description="seconds a new job may be expected to wait before jobs are refused; 0: any time"
+    )
     upload_retention: float = Field(86400, ge=60, description="seconds until an upload goes that no job uses")
     image_allow: Annotated[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode] = Field(
         (), description="networks that pictures may be fetched from though they are not public"

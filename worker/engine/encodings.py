@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from worker.engine.call import Call, fingerprint
 
 MOST_BYTES = 256 * 2**20
+Key = tuple[str, bool, Hashable]  # module, whether the run is reproducible, content of the arguments
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -31,7 +32,7 @@ class Encodings:
         self._kept.move_to_end(key)
         return copied(self._kept[key][0])
 
-    def put(self, key: Hashable, output: Any) -> None:
+    def put(self, key: Key | None, output: Any) -> None:
         """Keep a copy, where there is a key and room for it."""
         size = _bytes(output)
         if key is None or key in self._kept or not 0 < size <= self.most_bytes:
@@ -41,8 +42,13 @@ class Encodings:
         while self.bytes > self.most_bytes:
             self.bytes -= self._kept.popitem(last=False)[1][1]
 
+    def forget(self, names: Collection[str]) -> None:
+        """Keep nothing of the modules called `names`."""
+        for key in [key for key in self._kept if isinstance(key, tuple) and key[0] in names]:
+            self.bytes -= self._kept.pop(key)[1]
 
-def key_of(call: Call) -> Hashable:
+
+def key_of(call: Call) -> Key | None:
     """Equal for calls that return the same; None for those that nobody can compare, as one that fills a cache.
 
     A reproducible run's encoding was computed alone, to the bit; another's may have been computed in company.

@@ -19,6 +19,7 @@ from worker.engine.lora import Adapters, Layers
 from worker.engine.target import Phase, Target
 from worker.pipelines import lora, previews, schedulers
 from worker.pipelines.arguments import unused
+from worker.pipelines.prompts import can_weigh
 from worker.pipelines.previews import Previewer
 from worker.pipelines.variants import Variants
 
@@ -138,7 +139,7 @@ def warm(
     if dtype is torch.float16 and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         # The pipeline would turn the VAE to float32 and back in place, under the runs of others.
         raise ConfigError(f"model {spec.name!r}: its VAE overflows in float16; set dtype to bfloat16 or float32")
-    if vain := unused(pipe) & set(spec.accepts):
+    if vain := (unused(pipe) | (set() if can_weigh(pipe) else {"prompt_weighting"})) & set(spec.accepts):
         left = sorted(set(spec.accepts) - vain)
         raise ConfigError(f"model {spec.name!r} has no use for {', '.join(sorted(vain))}; set accepts = {left}")
     pipe.set_progress_bar_config(disable=True)

@@ -17,6 +17,7 @@ from worker.pipelines import previews, schedulers
 from worker.pipelines.arguments import arguments
 from worker.pipelines.load import WarmModel
 from worker.pipelines.pictures import NOTHING, Picture, Source, prepare
+from worker.pipelines.prompts import with_prompts
 
 
 def runs_for(model: WarmModel, params: GenerationParams, job_id: str, source: Source = NOTHING) -> list[Run]:
@@ -55,7 +56,7 @@ def paint(model: WarmModel, params: GenerationParams, source: Source, seed: int,
     pipe = copy.copy(model.variants.get(ability_of(params), tuple(control.type for control in params.controls)))
     pipe.scheduler = schedulers.make(params.scheduler, model.pipe.scheduler.config)
     previews.follow(run, pipe, model.previewer, params.height, params.width)
-    output = pipe(**arguments(pipe, params, seed, run, source))
+    output = pipe(**with_prompts(arguments(pipe, params, seed, run, source), pipe, params))
     return source.kept_in(to_picture(output[0][0]))
 
 
