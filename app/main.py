@@ -15,7 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from redis.exceptions import RedisError
 
-from app.api import events, files, jobs, keys, models, ops, uploads, usage, webhooks, workers
+from app.api import batches, events, files, jobs, keys, limits, models, ops, uploads, usage, webhooks, workers
 from app.api.auth import authenticate, check_exposure
 from app.api.compat.openai import routes as openai
 from app.api.deps import PLACES, Services
@@ -24,14 +24,17 @@ from app.api.problems import add_to, install, responses
 from app.core import failpoints
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
+from app.core.batches import Batches
 from app.core.catalog import Catalog, load_catalog
 from app.core.connections import check_server, connect, connect_async
 from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
 from app.core.events import Hub
+from app.core.forecast import Forecast
 from app.core.image_inputs import ImageInputs
 from app.core.image_process import ImageProcesses
 from app.core.job import JobStatus
+from app.core.limits import defaults
 from app.core.metrics import ApiMetrics, api_metrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings, redis_url, url_secret
@@ -46,7 +49,11 @@ GRACE_SECONDS: Final = 10  # for replies in the making when the server stops; st
 LOOK_SECONDS: Final = 0.25
 STALLED_LOOKS: Final = 6  # without a byte taken, once the server stops
 ASKED_HEADERS: Final = ["Authorization", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-Request-ID"]
-SHOWN_HEADERS: Final = ["Location", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-ID"]
+RATE_HEADERS: Final = ["X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"]
+SHOWN_HEADERS: Final = [
+    *RATE_HEADERS,
+    *("Location", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-ID"),
+]
 
 
 def create_app(settings: Settings, catalog: Catalog | None = None) -> FastAPI:
@@ -78,7 +85,10 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         redis = connect_async(redis_url(settings))
         hub = Hub(redis)
-        queue = JobQueue(redis, retention_ms=settings.retention_ms)
+        forecast, base = Forecast(redis), defaults(settings)
+        queue = JobQueue(
+            redis, retention_ms=settings.retention_ms, forecast=forecast, limits=base, max_wait=settings.max_wait
+        )
         uploads = Uploads(redis, storage, retention_ms=int(settings.upload_retention * 1000))
         processes = ImageProcesses()
         guard = AddressGuard(settings.image_allow)
@@ -88,24 +98,31 @@ def _lifespan(
             metrics=metrics,
             redis=redis,
             queue=queue,
+            forecast=forecast,
+            limits=base,
             storage=storage,
             hub=hub,
             keys=KeyRing(redis),
             guard=AddressGuard(settings.webhook_allow),
             uploads=uploads,
             inputs=ImageInputs(queue, storage, uploads, processes, guard),
+            batches=Batches(redis, queue, retention_ms=settings.retention_ms, jobs_total=metrics.jobs_total),
             endpoints=Endpoints(redis),
             secrets=open_secrets(settings, redis),
             places=asyncio.Semaphore(PLACES),
         )
         await hub.start()
-        deadlines = asyncio.create_task(_keep_deadlines(app.state.services))
+        chores = [
+            asyncio.create_task(_keep_deadlines(app.state.services)),
+            asyncio.create_task(app.state.services.batches.run()),
+        ]
         try:
             yield
         finally:
-            deadlines.cancel()
-            with suppress(asyncio.CancelledError):
-                await deadlines
+            for chore in chores:
+                chore.cancel()
+                with suppress(asyncio.CancelledError):
+                    await chore
             await hub.stop()
             await processes.close()
             await redis.aclose()
@@ -141,7 +158,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> No
 
 
 def _add_routes(app: FastAPI, storage: Storage) -> None:
-    guarded = (jobs, uploads, events, webhooks, keys, usage, models, workers, ops)
+    guarded = (jobs, batches, uploads, events, webhooks, keys, limits, usage, models, workers, ops)
     for router in (module.router for module in guarded):
         # Not left to the routes: one that forgot to ask who calls would be open.
         app.include_router(router, dependencies=[Depends(authenticate)], responses=responses(401, 403, 503))

@@ -11,11 +11,14 @@ from redis.asyncio import Redis
 from app.core import processes
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
+from app.core.batches import Batches
 from app.core.catalog import Catalog
 from app.core.endpoints import Endpoints
 from app.core.events import Hub
 from app.core.image_inputs import ImageInputs
+from app.core.forecast import Forecast, Outlook
 from app.core.job import Job, JobStatus, JobView, view
+from app.core.limits import Limits
 from app.core.metrics import ApiMetrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings
@@ -36,12 +39,15 @@ class Services:
     metrics: ApiMetrics
     redis: Redis
     queue: JobQueue
+    forecast: Forecast
+    limits: Limits  # of tenants without their own
     storage: Storage
     hub: Hub
     keys: KeyRing
     guard: AddressGuard
     uploads: Uploads
     inputs: ImageInputs
+    batches: Batches
     endpoints: Endpoints
     secrets: Secrets
     places: asyncio.Semaphore  # of streams and waits that read a job at the same moment; the rest is for requests
@@ -64,10 +70,12 @@ class Services:
         """The JSON of several jobs."""
         waits = any(job.status is JobStatus.QUEUED for job in jobs)
         served = await self.served() if waits else set()
-        return [self._view(job, served) for job in jobs]
+        outlooks = await self.forecast.of_jobs(jobs)
+        return [self._view(job, served, outlook) for job, outlook in zip(jobs, outlooks, strict=True)]
 
-    def _view(self, job: Job, served: set[str]) -> JobView:
+    def _view(self, job: Job, served: set[str], outlook: Outlook | None) -> JobView:
         shown = view(job, self.settings.base_url, lambda output: self.storage.sign(output.key, URL_SECONDS))
+        shown.estimate = outlook.view if outlook else None
         if job.status is JobStatus.QUEUED and job.params.model not in served:
             shown.notice = f"no live worker serves model {job.params.model!r}; the job waits for one"
         return shown

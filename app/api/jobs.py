@@ -12,12 +12,14 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from app.api.auth import Caller, Identity, needs
 from app.api.deps import Deps, Services
 from app.api.problems import responses
-from app.api.schemas import JobFilter, JobRequest, ListResponse
+from app.api.schemas import DryRunView, JobFilter, JobRequest, ListResponse, MemoryView
 from app.core.api_keys import Scope
 from app.core.errors import NotFound
+from app.core.estimates import memory_fit
 from app.core.events import OfJob
 from app.core.job import Job, JobStatus, JobView
-from app.core.queue import Submission
+from app.core.limits import headers_of
+from app.core.queue import Submission, Submitted
 from app.core.storage import job_prefix
 
 MAX_WAIT: Final = 60  # seconds
@@ -46,9 +48,13 @@ IdempotencyKey = Annotated[
     ),
 ]
 Prefer = Annotated[str | None, Header(description="`wait=SECONDS` (at most 60): reply when the job has ended.")]
+DryRun = Annotated[bool, Query(description="Check the request and say what to expect of it; make no job.")]
 _STRING: Final = {"schema": {"type": "string"}}
 _SUBMIT_HEADERS: Final[dict[str, Any]] = {
     "Location": {"description": "The job's URL.", **_STRING},
+    "X-RateLimit-Limit": {"description": "Denoiser-seconds that may be handed in at once.", **_STRING},
+    "X-RateLimit-Remaining": {"description": "Those that may be handed in now.", **_STRING},
+    "X-RateLimit-Reset": {"description": "Seconds until it is the whole limit again.", **_STRING},
     "Idempotent-Replayed": {"description": "true: this Idempotency-Key had made the job before.", **_STRING},
     "Preference-Applied": {"description": "The wait that was granted.", **_STRING},
 }
@@ -58,10 +64,15 @@ _SUBMIT_HEADERS: Final[dict[str, Any]] = {
     "/v1/jobs",
     status_code=202,
     responses={
-        200: {"model": JobView, "description": "Ended within the wait that was preferred.", "headers": _SUBMIT_HEADERS},
+        200: {
+            "model": JobView | DryRunView,
+            "description": "Ended within the wait that was preferred, or a dry run.",
+            "headers": _SUBMIT_HEADERS,
+        },
         202: {"description": "Queued.", "headers": _SUBMIT_HEADERS},
-        **responses(404, 408, 413, 422),
+        **responses(404, 408, 413, 422, 429),
     },
+    response_model=JobView,
 )
 @needs(Scope.SUBMIT)
 async def submit_job(
@@ -73,9 +84,14 @@ async def submit_job(
     deps: Deps,
     idempotency_key: IdempotencyKey = None,
     prefer: Prefer = None,
-) -> JobView:
+    dry_run: DryRun = False,
+) -> JobView | Response:
     """Queue a job. The reply has its id and links; with `Prefer: wait` it may have its pictures."""
-    job, is_new = await enqueue(body, caller, deps, request.state.request_id, idempotency_key)
+    if dry_run:
+        rehearsed = await _rehearse(body, caller, deps, request.state.request_id)
+        return Response(rehearsed.model_dump_json(), media_type="application/json")
+    job, is_new, bucket = await hand_in(body, caller, deps, request.state.request_id, idempotency_key)
+    response.headers.update(headers_of(bucket))
     if not is_new:
         response.headers["Idempotent-Replayed"] = "true"
     if (seconds := _preferred_wait(prefer)) is not None:
@@ -87,19 +103,38 @@ async def submit_job(
     return shown
 
 
+async def _rehearse(body: JobRequest, caller: Identity, deps: Services, request_id: str) -> DryRunView:
+    wanted = await submission_of(body, caller, deps, request_id, None)
+    outlook = await deps.forecast.of_request(caller.tenant, wanted.params, wanted.priority)
+    fit = memory_fit(wanted.params, await deps.forecast.paces(wanted.params.model))
+    return DryRunView(
+        params=wanted.params,
+        estimate=outlook.view,
+        cost_is_known=outlook.cost.is_known,
+        alone_seconds=round(outlook.cost.alone_seconds, 3),
+        memory=MemoryView(fits=fit.fits, reason=fit.reason),
+    )
+
+
 async def enqueue(
     body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
 ) -> tuple[Job, bool]:
-    """The one way a request becomes a job, whatever its dialect: the job, and whether it is new.
-
-    Raises what the request's checks and the queue raise.
-    """
-    return await deps.queue.submit(caller.tenant, await _submission(body, caller, deps, request_id, idempotency_key))
+    """As `hand_in`: the job, and whether it is new."""
+    job, is_new, _ = await hand_in(body, caller, deps, request_id, idempotency_key)
+    return job, is_new
 
 
-async def _submission(
+async def hand_in(
+    body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
+) -> Submitted:
+    """The one way a request becomes a job, whatever its dialect. Raises what its checks and the queue raise."""
+    return await deps.queue.submit(caller.tenant, await submission_of(body, caller, deps, request_id, idempotency_key))
+
+
+async def submission_of(
     body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None
 ) -> Submission:
+    """A request as the queue takes it, checked and complete. Raises what its checks raise."""
     if body.webhook:
         deps.guard.check_url(body.webhook.url)
     canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)

@@ -67,7 +67,7 @@ def problem(error: SafelightError, request_id: str, errors: Sequence[FieldError]
         request_id=request_id,
         errors=list(errors) if errors is not None else None,
     )
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    headers = error.headers | ({"Retry-After": str(error.retry_after)} if error.retry_after else {})
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     # json.dumps escapes what UTF-8 cannot hold: a field's name may have come with half a surrogate pair.

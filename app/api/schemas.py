@@ -3,7 +3,7 @@
 import json
 from datetime import date as Date  # noqa: N812  # a field of that name hides it
 from datetime import datetime
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -11,8 +11,16 @@ from app.core import api_keys
 from app.core.api_keys import Scope
 from app.core.catalog import Defaults, Limits, OptionalParam, Quality
 from app.core.endpoints import Disabled
-from app.core.job import TERMINAL_EVENTS, JobStatus, Priority, Webhook, WebhookEvent, WebhookEvents
-from app.core.params import GenerationRequest
+from app.core.job import (
+    DEFAULT_ENDPOINT_EVENTS,
+    EndpointEvent,
+    EndpointEvents,
+    EstimateView,
+    JobStatus,
+    Priority,
+    Webhook,
+)
+from app.core.params import GenerationParams, GenerationRequest
 from app.core.webhooks import Outcome
 
 MAX_METADATA: Final = 8192  # bytes of JSON
@@ -84,12 +92,68 @@ class JobRequest(GenerationRequest):
         return GenerationRequest.model_validate(self.model_dump(include=set(GenerationRequest.model_fields)))
 
 
+class MemoryView(BaseModel):
+    """Whether a worker's memory holds a request."""
+
+    fits: bool | None = Field(description="Null: not known.")
+    reason: str
+
+
+class DryRunView(BaseModel):
+    """What would become of a request; nothing was queued."""
+
+    object: Literal["dry_run"] = "dry_run"
+    params: GenerationParams = Field(description="Complete, with the seed that was drawn this time.")
+    estimate: EstimateView
+    cost_is_known: bool = Field(description="False: guessed, because no worker has said how fast the model is.")
+    alone_seconds: float = Field(description="From its start to its end where it has a worker to itself.")
+    memory: MemoryView
+
+
+class LimitsChange(BaseModel):
+    """Limits of a tenant; null gives it the service's own again, what is absent stays. 0: no limit."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rate: float | None = Field(None, ge=0, le=1e9, description="Denoiser-seconds it may hand in, a second.")
+    burst: float | None = Field(None, ge=0, le=1e9, description="Denoiser-seconds at once; 0: a minute of the rate.")
+    max_running: int | None = Field(None, ge=0, le=10**9, description="Jobs in the making, over all workers.")
+    max_waiting: int | None = Field(None, ge=0, le=10**9, description="Jobs that wait.")
+    max_streams: int | None = Field(None, ge=0, le=10**9, description="Event streams at each process of the API.")
+    weight: float | None = Field(None, ge=0.01, le=1000, description="Of its share where several tenants' jobs wait.")
+
+
+class LimitsView(BaseModel):
+    """What holds for a tenant; 0: no limit."""
+
+    object: Literal["limits"] = "limits"
+    tenant: str
+    rate: float
+    burst: float
+    max_running: int
+    max_waiting: int
+    max_streams: int
+    weight: float
+    own: list[str] = Field(description="Those that are the tenant's own; the others are the service's.")
+    running: int = Field(description="Jobs in the making now.")
+    waiting: int = Field(description="Jobs that wait now.")
+
+
 class JobFilter(BaseModel):
     """Which jobs to list."""
 
     model_config = ConfigDict(extra="forbid")
 
     status: JobStatus | None = None
+    limit: int = Field(20, ge=1, le=100)
+    cursor: str | None = Field(None, pattern=r"^[0-9]{1,17}$", description="The next_cursor of an earlier page.")
+
+
+class BatchFilter(BaseModel):
+    """Which batches to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
     limit: int = Field(20, ge=1, le=100)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,17}$", description="The next_cursor of an earlier page.")
 
@@ -248,7 +312,7 @@ class EndpointRequest(BaseModel):
     )
 
     url: str = Field(max_length=2048)
-    events: WebhookEvents = TERMINAL_EVENTS
+    events: EndpointEvents = DEFAULT_ENDPOINT_EVENTS
     description: Printable = Field("", max_length=200)
 
 
@@ -258,7 +322,7 @@ class EndpointChange(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     url: str | None = Field(None, max_length=2048)
-    events: WebhookEvents | None = None
+    events: EndpointEvents | None = None
     description: Printable | None = Field(None, max_length=200)
     enabled: bool | None = None
 
@@ -269,7 +333,7 @@ class EndpointView(BaseModel):
     id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
     url: str
-    events: list[WebhookEvent]
+    events: list[EndpointEvent]
     description: str
     enabled: bool
     disabled_reason: Disabled | None = Field(
@@ -286,8 +350,16 @@ class DeliveryFilter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    job: str | None = Field(None, max_length=64, description="Only those about this job.")
-    limit: int = Field(20, ge=1, le=100)
+    job: str | None = Field(None, max_length=64, description="Only those about this job, all in one page.")
+    batch: str | None = Field(None, max_length=64, description="Only those about this batch, all in one page.")
+    limit: int = Field(20, ge=1, le=100, description="Of one millisecond a page holds all, so it may be longer.")
+    cursor: str | None = Field(None, pattern=r"^[0-9]{1,16}$", description="The next_cursor of an earlier page.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(part is not None for part in (self.job, self.batch, self.cursor)) > 1:
+            raise ValueError("send one of job, batch and cursor at most")
+        return self
 
 
 class AttemptView(BaseModel):
@@ -307,7 +379,8 @@ class DeliveryView(BaseModel):
     type: str
     url: str
     endpoint: str | None = Field(description="The registered endpoint; null: the URL that the request named.")
-    job: str | None = Field(description="Null in a test.")
+    job: str | None = Field(description="Null in a test, and where it is about a batch.")
+    batch: str | None
     status: Outcome | Literal["pending"]
     created_at: datetime
     ended_at: datetime | None

@@ -31,10 +31,14 @@ class JobStatus(StrEnum):
         return self not in (JobStatus.QUEUED, JobStatus.PROCESSING)
 
 
+Role = Literal["image", "grid"]
+
+
 class Output(BaseModel):
     """A stored picture: where it lies and what it is. A URL is made when somebody asks."""
 
     type: Literal["image"] = "image"
+    role: Role = "image"  # grid: all images of the job on one sheet
     key: str
     seed: int
     width: int
@@ -50,6 +54,7 @@ class Progress(BaseModel):
     phase: str = Field(examples=["denoising"])
     step: int
     steps: int
+    eta_seconds: float | None = Field(None, description="Until it has ended, as the worker saw it at that moment.")
 
 
 class Timings(BaseModel):
@@ -72,6 +77,9 @@ class JobFailure(BaseModel):
 WebhookEvent = Literal["job.processing", "job.succeeded", "job.failed", "job.canceled", "job.expired"]
 TERMINAL_EVENTS: Final[list[WebhookEvent]] = ["job.succeeded", "job.failed", "job.canceled", "job.expired"]
 WebhookEvents = Annotated[list[WebhookEvent], Field(min_length=1, max_length=5)]
+EndpointEvent = WebhookEvent | Literal["batch.completed"]
+EndpointEvents = Annotated[list[EndpointEvent], Field(min_length=1, max_length=6)]
+DEFAULT_ENDPOINT_EVENTS: Final[list[EndpointEvent]] = [*TERMINAL_EVENTS, "batch.completed"]
 
 
 class Webhook(BaseModel):
@@ -112,6 +120,13 @@ class Job:
     batch_id: str | None = None
     batch_index: int | None = None  # which of the batch's requests it is, from 0
     queue_position: int | None = None  # 0: next in its lane; known only to those who ask for it
+    work: str = ""  # what was expected of it when it was handed in, see forecast.Outlook
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """How long it was expected to take, from its submission to its end; None where that was not known."""
+        parts = self.work.split()
+        return int(parts[3]) / 1e3 if len(parts) > 3 else None
 
     @property
     def priority(self) -> Priority:
@@ -164,6 +179,7 @@ def job_from_hash(fields: Mapping[str, str], *, position: int | None = None) -> 
         batch_id=fields.get("batch"),
         batch_index=int(fields["batch_index"]) if "batch_index" in fields else None,
         queue_position=position,
+        work=fields.get("work", ""),
     )
 
 
@@ -185,6 +201,7 @@ class OutputView(BaseModel):
     """A picture as callers see it; the URL expires."""
 
     type: Literal["image"]
+    role: Role = Field("image", description="grid: all images of the job on one sheet.")
     url: str
     seed: int
     width: int
@@ -200,6 +217,14 @@ class Links(BaseModel):
     cancel: str
 
 
+class EstimateView(BaseModel):
+    """What to expect of a job from now on, if nothing else is handed in that goes before it."""
+
+    cost_seconds: float = Field(description="Of the denoiser, in full batches: what limits and shares are counted in.")
+    start_seconds: float | None = Field(description="Until a worker takes it; null: no live worker serves the model.")
+    finish_seconds: float | None = Field(description="Until it has ended.")
+
+
 class JobView(BaseModel):
     """A job as callers see it, the same in every reply, event and webhook."""
 
@@ -211,6 +236,7 @@ class JobView(BaseModel):
     priority: Priority
     progress: Progress | None
     queue_position: int | None
+    estimate: EstimateView | None = Field(None, description="Null where the job has ended, or nothing is known.")
     outputs: list[OutputView]
     error: JobFailure | None
     metadata: dict[str, Any]

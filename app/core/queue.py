@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -23,7 +23,9 @@ from app.core.errors import (
     Overloaded,
     QueueUnavailable,
 )
+from app.core.forecast import Forecast, Outlook
 from app.core.job import Job, JobStatus, Priority, Webhook, job_from_hash, new_job_id
+from app.core.limits import REFUSALS, Bucket, Limits, bucket_of, refusal, rules
 from app.core.params import GenerationParams
 
 Jobs = list[Job]
@@ -48,6 +50,14 @@ class Submission:
     request_id: str | None = None
 
 
+class Submitted(NamedTuple):
+    """A job, whether it is new (False: a repeat under the same Idempotency-Key), and what is left of its rate."""
+
+    job: Job
+    is_new: bool
+    bucket: Bucket | None
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Some jobs, newest first, and the cursor of the next page."""
@@ -59,24 +69,37 @@ class Page:
 class JobQueue:
     """The jobs of all tenants in one Redis; every change is one atomic script."""
 
-    def __init__(self, redis: Redis, *, retention_ms: int) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        retention_ms: int,
+        forecast: Forecast | None = None,
+        limits: Limits | None = None,
+        max_wait: float = 0.0,
+    ) -> None:
+        """`limits` hold for tenants without their own; a job that would wait over `max_wait` seconds is refused, 0: none."""
         self._redis = redis
+        self._forecast = forecast
+        self._limits = limits or Limits()
+        self._max_wait = max_wait
         self._retention_ms = retention_ms
         self._is_full, self._looked_at = False, float("-inf")  # Redis' memory, and when we asked (monotonic)
 
-    async def submit(self, tenant: str, submission: Submission) -> tuple[Job, bool]:
-        """Queue a job; the job, and whether it is new (False: a repeat under the same Idempotency-Key).
+    async def submit(self, tenant: str, submission: Submission) -> Submitted:
+        """Queue a job.
 
         Raises IdempotencyMismatch where the key was used for another request, QueueUnavailable where Redis is away,
-        Overloaded where it is nearly full.
+        Overloaded where it is nearly full or the wait would be too long, LimitReached.
         """
         job_id = new_job_id()
         lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority, tenant)
         digest = hashlib.sha256(submission.idempotency_key.encode()).hexdigest() if submission.idempotency_key else ""
         async with reachable():
-            await self._check_memory()
+            await self.check_memory()
+            outlook = await self._outlook(tenant, submission)
             failpoints.reach("before_submit")
-            outcome, found, *_bucket = await keys.SUBMIT.call(
+            outcome, found, *bucket = await keys.SUBMIT.call(
                 self._redis,
                 job_id,
                 tenant,
@@ -84,8 +107,8 @@ class JobQueue:
                 digest,
                 submission.fingerprint or "-",
                 self._retention_ms,
-                json.dumps(_fields(submission)),
-                "",
+                json.dumps(_fields(submission) | ({"work": outlook.work} if outlook else {})),
+                self.rules(outlook),
                 *_rq_fields(job_id, lane),
             )
             failpoints.reach("after_submit", found)
@@ -93,11 +116,27 @@ class JobQueue:
             raise InvalidParams(f"there is no upload {found}: it has expired or was deleted; upload the picture again")
         if outcome == "mismatch":
             raise IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")
-        return await self.get(tenant, found), outcome == "created"
+        if outcome in REFUSALS:
+            raise refusal(outcome, float(found), bucket_of(bucket))
+        return Submitted(await self.get(tenant, found), outcome == "created", bucket_of(bucket))
+
+    async def work(self, submission: Submission) -> dict[str, str]:
+        """The field of the record of a job that is queued later: what it costs."""
+        return {"work": (await self._forecast.cost(submission.params)).work} if self._forecast else {}
+
+    def rules(self, outlook: Outlook | None = None) -> str:
+        """What submit.lua admits a job by."""
+        start = outlook.estimate.start_seconds if outlook and outlook.estimate else 0.0
+        return rules(self._limits, start_seconds=start, max_wait=self._max_wait)
+
+    async def _outlook(self, tenant: str, submission: Submission) -> Outlook | None:
+        if self._forecast is None:
+            return None
+        return await self._forecast.of_request(tenant, submission.params, submission.priority)
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """The job, with its place in the queue if it waits. Raises NotFound, for another tenant's job too."""
-        jobs = await self._read([job_id])
+        jobs = await self.read([job_id])
         if not jobs or jobs[0].tenant != tenant:
             raise NotFound("there is no such job")
         return jobs[0]
@@ -134,7 +173,7 @@ class JobQueue:
             found: list[Any] = await self._redis.zrange(
                 index, most, "-inf", byscore=True, desc=True, offset=0, num=limit + 1, withscores=True
             )
-        jobs = await self._read([entry[0] for entry in found[:limit]])
+        jobs = await self.read([entry[0] for entry in found[:limit]])
         return Page(jobs, str(int(found[limit - 1][1])) if len(found) > limit else None)
 
     async def depth(self, queue: str) -> tuple[int, float | None]:
@@ -152,7 +191,7 @@ class JobQueue:
         async with reachable():
             await self._redis.ping()
 
-    async def _check_memory(self) -> None:
+    async def check_memory(self) -> None:
         """Refuse early, so that the jobs that were accepted have room to end. Raises Overloaded."""
         now = time.monotonic()
         if now - self._looked_at > MEMORY_SECONDS:
@@ -162,7 +201,8 @@ class JobQueue:
         if self._is_full:
             raise Overloaded("the queue's memory is nearly full; try again later", retry_after=10)
 
-    async def _read(self, job_ids: Texts) -> Jobs:
+    async def read(self, job_ids: Texts) -> Jobs:
+        """Those of the jobs that there are, whoever's they are, with their places in the queue."""
         async with reachable():
             pipeline = self._redis.pipeline(transaction=False)
             for job_id in job_ids:

@@ -27,7 +27,9 @@ local function admit(tenant, count, cost, rules)
     if wait > 0 then reason = 'rate' end
   end
   if most > 0 and redis.call('ZCARD', JOBS .. tenant .. ':queued') + count > most then
-    reason, wait = 'waiting', math.max(wait, tonumber(rules.next_ms or 0))
+    -- The first of those that wait goes in about that part of the time that a new one would wait.
+    local queued = redis.call('ZCARD', JOBS .. tenant .. ':queued')
+    reason, wait = 'waiting', math.max(wait, math.ceil(tonumber(rules.start_ms or 0) / math.max(queued, 1)))
   end
   if tonumber(rules.over_ms or 0) > 0 then reason, wait = 'overloaded', math.max(wait, tonumber(rules.over_ms)) end
   if rate > 0 then
