@@ -26,6 +26,7 @@ from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
 from app.core.batches import Batches
 from app.core.catalog import Catalog, load_catalog
+from app.core.lora_check import check_adapters
 from app.core.connections import check_server, connect, connect_async
 from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
@@ -59,6 +60,7 @@ SHOWN_HEADERS: Final = [
 def create_app(settings: Settings, catalog: Catalog | None = None) -> FastAPI:
     """The API as an ASGI application; it connects when it starts and closes when it stops. Raises ConfigError."""
     metrics, catalog = api_metrics(), catalog or load_catalog(settings.models)
+    check_adapters(catalog)
     storage = open_storage(settings.storage, public_url=settings.base_url, secret=url_secret(settings).encode())
     app = FastAPI(
         title="Safelight",

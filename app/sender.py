@@ -30,6 +30,7 @@ from redis.exceptions import RedisError
 from app.core import failpoints, processes, webhooks
 from app.core import redis_keys as keys
 from app.core.addresses import AddressGuard, guarded_client, read_limited
+from app.core.batch import batch_view
 from app.core.connections import connect, connect_async
 from app.core.errors import AddressRefused, SafelightError
 from app.core.exposition import serve_metrics
@@ -366,14 +367,17 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 def renderer(storage: Storage, public_url: str) -> Render:
-    """Renders a delivery as its job was then, with URLs signed now. Raises StorageUnavailable."""
+    """Renders a delivery as what it is about was then, with URLs signed now. Raises StorageUnavailable."""
 
     def sign(output: Output) -> str:
         return storage.sign(output.key, URL_SECONDS)
 
     def render(delivery: Delivery) -> bytes:
-        job = view(delivery.job, public_url, sign).model_dump(mode="json") if delivery.job else None
-        return webhooks.body(delivery, job)
+        if delivery.job:
+            return webhooks.body(delivery, view(delivery.job, public_url, sign).model_dump(mode="json"))
+        if delivery.batch:
+            return webhooks.body(delivery, batch_view(delivery.batch, public_url).model_dump(mode="json"))
+        return webhooks.body(delivery, None)
 
     async def in_thread(delivery: Delivery) -> bytes:
         # In a thread: short-lived credentials of a bucket may have to be fetched anew before they can sign.

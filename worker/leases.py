@@ -11,7 +11,7 @@ from redis import Redis
 from app.core import failpoints
 from app.core import redis_keys as keys
 from app.core.job import Job, JobFailure, JobStatus, job_from_hash
-from app.core.queue import rq_time
+from app.core.queue import EXPIRE_LIMIT, rq_time
 
 REAP_LIMIT: Final = 100
 AUDIT_LIMIT: Final = 10
@@ -132,6 +132,11 @@ class Leases:
         """Put the jobs of the dead back; what became of each: requeued, alone or poison."""
         reply = keys.REAP.run(self._redis, REAP_LIMIT, self._retention_ms, POISON.model_dump_json(), rq_time())
         return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    def expire(self) -> list[str]:
+        """End the jobs whose deadline has passed, whoever has them; the model of each."""
+        found = keys.EXPIRE.run(self._redis, EXPIRE_LIMIT, self._retention_ms)
+        return [json.loads(params)["model"] for params in found[1::2]]
 
     def audit(self, queue: str) -> list[str]:
         """Put jobs that are in no place where they belong; their ids."""

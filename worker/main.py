@@ -36,6 +36,7 @@ from worker.finisher import Finisher
 from worker.heart import Heart, Pulse
 from worker.intake import Intake, Room
 from worker.leases import Leases
+from worker.pace import Pacer
 from worker.pipelines.load import WarmModel, load, pick_device, size
 from worker.reaper import Reaper
 from worker.sources import Sources
@@ -96,7 +97,7 @@ class Announcer:
     def __call__(self) -> None:
         runs, keeper = self._consumer.room.images, self._consumer.keeper
         process = replace(self._process, runs=runs, models=keeper.served, warm=keeper.warm)
-        processes.beat(self._redis, process)
+        processes.beat(self._redis, replace(process, paces=self._consumer.pacer.paces()))
         if not self._redis.exists(self._consumer.key):  # Redis was emptied: RQ's tools shall see us again
             self._consumer.register_birth()
             self._consumer.set_state(WorkerStatus.STARTED)
@@ -171,6 +172,7 @@ def work(
     limits = {"memory_bytes": settings.spool_memory, "disk_bytes": settings.spool_disk}
     spool = Spool(settings.data / "spool", **limits, metrics=metrics)
     room = Room(settings.max_runs, lambda: spool.has_room)
+    pacer = Pacer(engine.batcher, keeper, max_images=room.common)
     consumer = Consumer(
         rq_queues,
         name=name,
@@ -180,13 +182,18 @@ def work(
         keeper=keeper,
         metrics=metrics,
         room=room,
+        pacer=pacer,
         grace_seconds=settings.grace_seconds,
     )
 
     def leases(timeout: float = TIMEOUT) -> Leases:
         # A connection of its own for each kind of call: a slow pop must not hold up a beat or a commit.
         return Leases(
-            connect(url, timeout=timeout), name, lease_ms=settings.lease_ms, retention_ms=settings.retention_ms
+            connect(url, timeout=timeout),
+            name,
+            lease_ms=settings.lease_ms,
+            retention_ms=settings.retention_ms,
+            max_running=settings.tenant_max_running,
         )
 
     pulse = Pulse(settings.lease_seconds, observer.longest)
@@ -208,11 +215,18 @@ def work(
         lease_seconds=settings.lease_seconds,
         bell=consumer.bell,
         on_hung=_end_hung,
+        eta=lambda held: pacer.eta(held, list(consumer.held.values())),
     )
     intake = Intake(leases(), connect(url), Turns(connect(url), name, keeper), room, queues=queues, bell=consumer.bell)
     finisher = Finisher(storage, spool, leases(), consumer.make_room, consumer.end)
     reaper = Reaper(
-        leases(), connect(url), storage, metrics.recovered_jobs_total, queues, lease_seconds=settings.lease_seconds
+        leases(),
+        connect(url),
+        storage,
+        metrics.recovered_jobs_total,
+        ended=metrics.jobs_total,
+        queues=queues,
+        lease_seconds=settings.lease_seconds,
     )
     witness = Witness(leases(timeout=min(1.0, settings.lease_seconds / 5)))
     sources = Sources(storage, consumer.bell)

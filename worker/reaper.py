@@ -1,4 +1,4 @@
-"""Reaper: the thread in every worker that finds the jobs of the dead, and sweeps what is past its time."""
+"""Reaper: the threads in every worker that find the jobs of the dead, keep deadlines and sweep what is past its time."""
 
 import threading
 import time
@@ -11,18 +11,22 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.core.errors import StorageUnavailable
+from app.core.job import JobStatus
 from app.core.retention import sweep
 from app.core.storage import Storage
 from worker.leases import Leases
 
 log = structlog.get_logger()
 REAP_SECONDS: Final = 3.0  # at most; a fifth of a shorter lease
+EXPIRE_SECONDS: Final = 0.5  # between two looks at what is past its deadline
 AUDIT_EVERY: Final = 5  # rounds
 SWEEP_SECONDS: Final = 15.0
 
 
 class Reaper:
     """Reaps every three seconds, on Redis' own clock, audits its `queues` every fifth time, and sweeps.
+
+    It ends the jobs that are past their deadline too, as every API does, so that it happens while anybody lives.
 
     While Redis was away no worker could say that it lives, so for one lease after that nobody is taken for dead.
     """
@@ -33,11 +37,13 @@ class Reaper:
         redis: Redis,
         storage: Storage,
         recovered: Counter,
-        queues: Sequence[str],
         *,
+        ended: Counter,
+        queues: Sequence[str],
         lease_seconds: float,
     ) -> None:
-        self._leases, self._redis, self._storage, self._recovered = leases, redis, storage, recovered
+        self._leases, self._redis, self._storage = leases, redis, storage
+        self._recovered, self._ended = recovered, ended
         self._queues = list(queues)
         self._lease_seconds = lease_seconds
         self._away_at = float("-inf")  # monotonic
@@ -56,10 +62,15 @@ class Reaper:
         self._sweeper.join()
 
     def _reap_forever(self) -> None:
-        rounds = 0
-        while not self._closed.wait(min(REAP_SECONDS, self._lease_seconds / 5)):
-            rounds += 1
+        rounds, due, pause = 0, 0.0, min(REAP_SECONDS, self._lease_seconds / 5)
+        while not self._closed.wait(min(EXPIRE_SECONDS, pause)):
             try:
+                for model in self._leases.expire():
+                    self._ended.labels(model, JobStatus.EXPIRED).inc()
+                if time.monotonic() < due:
+                    continue
+                due = time.monotonic() + pause
+                rounds += 1
                 self._reap()
                 if rounds % AUDIT_EVERY == 0:
                     self._audit()

@@ -20,6 +20,7 @@ log = structlog.get_logger()
 MAX_BODY: Final = 1024 * 1024  # bytes
 LARGER: Final = {  # bytes, where pictures come along: base64 in JSON, or as they are
     "/v1/jobs": 8 * 2**20,
+    "/v1/batches": 8 * 2**20,
     "/v1/uploads": 21 * 2**20,
     "/v1/images/edits": 43 * 2**20,  # an image and its mask
     "/v1/images/variations": 21 * 2**20,

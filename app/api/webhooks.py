@@ -91,11 +91,11 @@ async def list_deliveries(
     caller: Caller, deps: Deps, which: Annotated[DeliveryFilter, Query()]
 ) -> ListResponse[DeliveryView]:
     """What was sent to you, or will be, newest first; kept as long as a finished job."""
-    if which.job is not None:
-        found = await webhooks.of_job(deps.redis, caller.tenant, which.job)
+    if about := which.job or which.batch:
+        page = await webhooks.of(deps.redis, caller.tenant, about)
     else:
-        found = await webhooks.latest(deps.redis, caller.tenant, which.limit)
-    return ListResponse(data=[_delivery(record) for record in found[: which.limit]])
+        page = await webhooks.latest(deps.redis, caller.tenant, which.limit, which.cursor)
+    return ListResponse(data=[_delivery(record) for record in page.records], next_cursor=page.next_cursor)
 
 
 @router.get("/v1/webhook-deliveries/{delivery_id}", responses=responses(404))
@@ -161,6 +161,7 @@ def _delivery(record: Record) -> DeliveryView:
         url=record.url,
         endpoint=record.endpoint,
         job=record.job_id,
+        batch=record.batch_id,
         status=record.outcome or "pending",
         created_at=datetime.fromtimestamp(record.created_at, UTC),
         ended_at=_time(record.ended_at),

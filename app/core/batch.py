@@ -62,7 +62,7 @@ class Batch:
 
 
 def batch_from_hash(fields: Mapping[str, str]) -> Batch:
-    """Read a batch's hash as Redis holds it, with its id beside. Raises ValueError for one that is being deleted."""
+    """Read a batch's hash as Redis holds it, with its id beside."""
     counts = {status.value: int(fields.get(f"n:{status}", 0)) for status in JobStatus}
     total = int(fields["total"])
     return Batch(

@@ -32,6 +32,7 @@ MAX_OPEN: Final = 20  # batches of a tenant
 STEP: Final = 20  # members of one step: Redis does nothing else meanwhile
 PLAN_STEP: Final = 100  # members written to a plan at a time
 PLAN_SECONDS: Final = 600  # a plan that no batch was made of goes after this
+DELETING: Final = "deleting"  # a status that nobody is shown
 LOOK_SECONDS: Final = 1.0  # between two looks for batches that another process left
 
 Texts = list[str]
@@ -152,7 +153,7 @@ class Batches:
 
     async def delete(self, tenant: str, batch_id: str) -> None:
         """Cancel a batch and forget it at once; its jobs and their objects follow. Raises NotFound."""
-        await self._stop(tenant, batch_id, "deleting")
+        await self._stop(tenant, batch_id, DELETING)
 
     async def run(self) -> None:
         """Queue, cancel and delete the members of whatever batches there are."""
@@ -219,7 +220,7 @@ class Batches:
                 pipeline.hgetall(keys.BATCH + batch_id)
             found = zip(batch_ids, await pipeline.execute(), strict=True)
         known = ({"id": batch_id, **fields} for batch_id, fields in found if fields)
-        return [batch_from_hash(fields) for fields in known if fields["status"] in BatchStatus]
+        return [batch_from_hash(fields) for fields in known if fields["status"] != DELETING]
 
     async def _step_all(self) -> bool:
         """One step for each batch that has something to be done; whether there was any."""

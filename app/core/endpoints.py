@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from app.core import redis_keys as keys
 from app.core.errors import Conflict, NotFound
-from app.core.job import WebhookEvent
+from app.core.job import EndpointEvent
 
 MAX_ENDPOINTS: Final = 16  # of a tenant: each gets a copy of an event in the step that changes a job's status
 
@@ -30,7 +30,7 @@ class Endpoint(BaseModel):
 
     id: str
     url: str
-    events: list[WebhookEvent]
+    events: list[EndpointEvent]
     description: str = ""
     created_at: float  # seconds since the epoch
 
@@ -51,7 +51,7 @@ class Endpoints:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def add(self, tenant: str, url: str, events: list[WebhookEvent], description: str) -> Endpoint:
+    async def add(self, tenant: str, url: str, events: list[EndpointEvent], description: str) -> Endpoint:
         """Register one. Raises Conflict where there are too many."""
         if await self._redis.hlen(keys.ENDPOINTS + tenant) >= MAX_ENDPOINTS:
             raise Conflict(f"there are {MAX_ENDPOINTS} webhook endpoints, and no more are taken; delete one first")

@@ -30,7 +30,7 @@ class JobEvent:
     """One entry of a history; `id` is its number from 1, and what Last-Event-ID gives back."""
 
     id: int
-    type: str  # status, progress, preview
+    type: str  # status, progress, preview; of a batch: status, job
     data: dict[str, Any]
 
 
@@ -48,14 +48,14 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OfJob:
-    """Everything that happens to one job, from its beginning."""
+class _Listed:
+    """A history that is kept whole."""
 
-    job_id: str
+    about: str  # an id
 
     @property
     def key(self) -> str:
-        return keys.EVENTS + self.job_id
+        return keys.EVENTS + self.about
 
     def ask(self, pipeline: Pipeline, after: int) -> None:
         pipeline.lrange(self.key, after, after + CHUNK - 1)
@@ -63,6 +63,18 @@ class OfJob:
     def parse(self, after: int, reply: Sequence[str]) -> list[JobEvent]:
         parts = [entry.partition(" ") for entry in reply]
         return [JobEvent(number, kind, json.loads(data)) for number, (kind, _, data) in enumerate(parts, after + 1)]
+
+
+class OfJob(_Listed):
+    """Everything that happens to one job, from its beginning."""
+
+    __slots__ = ()
+
+
+class OfBatch(_Listed):
+    """The statuses of a batch, and those of its jobs but for their first, as long as the batch is kept."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

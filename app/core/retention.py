@@ -34,6 +34,8 @@ def sweep(redis: Redis, storage: Storage) -> int:
             pool.shutdown(cancel_futures=True)  # a store that fails or hangs is not asked for the rest of a batch
     _sweep_abandoned(redis, storage)
     _sweep_uploads(redis, storage)
+    for batch_id in _due(redis, keys.BATCH_RETENTION):
+        keys.BATCH_PURGE.run(redis, batch_id)
     return swept
 
 

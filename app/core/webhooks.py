@@ -13,6 +13,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 
 from app.core import redis_keys as keys
+from app.core.batch import Batch, batch_from_hash
 from app.core.errors import ConfigError, Conflict, NotFound
 from app.core.job import Job, job_from_hash
 
@@ -67,7 +68,7 @@ def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One webhook on its way: what happened to which job, as it was then. Times are seconds since the epoch."""
+    """One webhook on its way: what happened to a job or a batch, as it was then. Times are seconds since the epoch."""
 
     id: str
     type: str
@@ -75,7 +76,8 @@ class Delivery:
     url: str
     created_at: float
     attempts: int  # this one included
-    job: Job | None  # None: a test
+    job: Job | None = None
+    batch: Batch | None = None  # neither: a test
     endpoint: str | None = None
     obstacle: str = ""  # gone, disabled, failing: what stands in the way of one for an endpoint
 
@@ -103,6 +105,7 @@ class Record:
     created_at: float
     endpoint: str | None
     job_id: str | None
+    batch_id: str | None
     attempts: int
     outcome: Outcome | None
     ended_at: float | None
@@ -154,7 +157,7 @@ async def redeliver(redis: Redis, tenant: str, delivery_id: str) -> None:
     if outcome is None:
         raise NotFound("there is no such webhook delivery")
     if outcome == "changed":
-        raise Conflict("what this webhook said is no longer kept, and its job has changed or is gone")
+        raise Conflict("what this webhook said is no longer kept, and what it was about has changed or is gone")
 
 
 async def get(redis: Redis, tenant: str, delivery_id: str) -> Record:
@@ -165,29 +168,44 @@ async def get(redis: Redis, tenant: str, delivery_id: str) -> Record:
     return found[0]
 
 
-async def of_job(redis: Redis, tenant: str, job_id: str) -> list[Record]:
-    """The deliveries of a job of the tenant's, newest first; none for any other job."""
-    names: Any = await redis.smembers(keys.JOB_DELIVERIES + job_id)
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Some deliveries, newest first, and the cursor of the next page."""
+
+    records: list[Record]
+    next_cursor: str | None
+
+
+async def of(redis: Redis, tenant: str, about: str) -> LogPage:
+    """The deliveries about a job or a batch of the tenant's, all of them; none for anybody else's."""
+    names: Any = await redis.smembers(keys.JOB_DELIVERIES + about)
     found = await _records(redis, tenant, sorted(names))
-    return sorted(found, key=lambda record: record.created_at, reverse=True)
+    return LogPage(sorted(found, key=lambda record: record.created_at, reverse=True), None)
 
 
-async def latest(redis: Redis, tenant: str, limit: int) -> list[Record]:
-    """The tenant's latest deliveries, newest first."""
-    names: Any = await redis.zrange(keys.DELIVERIES + tenant, 0, limit - 1, desc=True)
-    return await _records(redis, tenant, names)
+async def latest(redis: Redis, tenant: str, limit: int, cursor: str | None = None) -> LogPage:
+    """A page of the tenant's deliveries. Of those of one millisecond a page holds all, so it may be a little longer."""
+    index, most = keys.DELIVERIES + tenant, f"({int(cursor)}" if cursor else "+inf"
+    found: Any = await redis.zrange(index, most, "-inf", byscore=True, desc=True, offset=0, num=limit, withscores=True)
+    if len(found) < limit:
+        return LogPage(await _records(redis, tenant, [name for name, _ in found]), None)
+    last = int(found[-1][1])
+    twins: Any = await redis.zrange(index, last, last, byscore=True, desc=True)
+    names = [name for name, at in found if int(at) != last] + list(twins)
+    has_more = await redis.zcount(index, "-inf", f"({last}")
+    return LogPage(await _records(redis, tenant, names), str(last) if has_more else None)
 
 
-def body(delivery: Delivery, job: Mapping[str, Any] | None) -> bytes:
-    """The JSON that is signed and sent; `job` is the job's view, its URLs signed now, None in a test.
+def body(delivery: Delivery, about: Mapping[str, Any] | None) -> bytes:
+    """The JSON that is signed and sent; `about` is the view of the job, its URLs signed now, or of the batch.
 
-    Over 20 kB the largest parameters are left out (null), then the metadata, then the outputs, until it fits;
-    `truncated` names them, and the job's own link has them.
+    None: a test. Over 20 kB the largest parameters are left out (null), then the metadata, then the outputs, until it
+    fits; `truncated` names them, and the job's own link has them.
     """
     happened = datetime.fromtimestamp(delivery.created_at, UTC).isoformat().replace("+00:00", "Z")
-    data: dict[str, Any] = {"object": "webhook_endpoint", "id": delivery.endpoint} if job is None else dict(job)
+    data: dict[str, Any] = {"object": "webhook_endpoint", "id": delivery.endpoint} if about is None else dict(about)
     envelope = {"type": delivery.type, "timestamp": happened, "data": data}
-    if len(text := _json(envelope)) <= MAX_BODY or job is None:
+    if len(text := _json(envelope)) <= MAX_BODY or delivery.job is None:
         return text
     params = data["params"] = dict(data["params"])
     left_out: list[str] = []
@@ -210,6 +228,7 @@ def _json(value: Any) -> bytes:
 
 
 def _delivery(delivery_id: str, obstacle: str, fields: Mapping[str, str]) -> Delivery:
+    about = fields["type"].partition(".")[0]
     return Delivery(
         id=delivery_id,
         type=fields["type"],
@@ -217,7 +236,8 @@ def _delivery(delivery_id: str, obstacle: str, fields: Mapping[str, str]) -> Del
         url=fields["url"],
         created_at=int(fields["created_at"]) / 1e3,
         attempts=int(fields["attempts"]),
-        job=None if fields["type"] == TEST else job_from_hash(json.loads(fields["job"])),
+        job=job_from_hash(json.loads(fields["job"])) if about == "job" else None,
+        batch=batch_from_hash(json.loads(fields["batch"])) if about == "batch" else None,
         endpoint=fields.get("endpoint"),
         obstacle=obstacle,
     )
@@ -241,6 +261,7 @@ def _record(name: str, fields: Mapping[str, str], due: float | None) -> Record:
         created_at=int(fields["created_at"]) / 1e3,
         endpoint=fields.get("endpoint"),
         job_id=fields.get("job_id"),
+        batch_id=fields.get("batch_id"),
         attempts=int(fields["attempts"]),
         outcome=Outcome(fields["outcome"]) if "outcome" in fields else None,
         ended_at=int(fields["ended_at"]) / 1e3 if "ended_at" in fields else None,
