@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.core import aspect, prompt_weights
-from app.core.catalog import MAX_STEPS, Catalog, ModelName, ModelSpec
+from app.core.catalog import MAX_STEPS, Catalog, ModelAlias, ModelName, ModelSpec
 from app.core.errors import InvalidParams
 from app.core.tasks import Size, check_strength, check_task, default_size, default_strength, unique
 
@@ -64,7 +64,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: ModelName | None = Field(None, description="A name from GET /v1/models; the default model if absent.")
+    model: ModelAlias | None = Field(None, description="A name from GET /v1/models; the default model if absent.")
     prompt: Prompt
     negative_prompt: Prompt | None = None
     prompt_weighting: bool | None = Field(None, description="(word:1.3) and [word] weigh words; else they are text.")
@@ -158,7 +158,7 @@ def complete(request: GenerationRequest, catalog: Catalog, sizes: Mapping[str, S
     params = GenerationParams.model_validate({"model": spec.name, **spec.defaults.model_dump(), **drawn, **given})
     _check_unused(request, spec)
     _check(params, spec)
-    _check_loras(params, spec)
+    _check_loras(params, spec, catalog.unfit.get(spec.name, {}))
     check_strength(params)
     return params
 
@@ -204,12 +204,14 @@ def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
         prompt_weights.check(request.negative_prompt or "", "negative_prompt")
 
 
-def _check_loras(params: GenerationParams, spec: ModelSpec) -> None:
+def _check_loras(params: GenerationParams, spec: ModelSpec, unfit: Mapping[str, str]) -> None:
     names = [lora.name for lora in params.loras]
     for name in names:
         if name not in spec.loras:
             there = f"it has {', '.join(spec.loras)}" if spec.loras else "it has none"
             raise InvalidParams(f"loras: model {spec.name!r} has no adapter {name!r}; {there}")
+        if name in unfit:
+            raise InvalidParams(f"loras: adapter {name!r} is not of model {spec.name!r}: {unfit[name]}")
     if len(set(names)) < len(names):
         raise InvalidParams("loras: an adapter may be named once; add its weights up")
 
