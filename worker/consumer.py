@@ -13,7 +13,7 @@ from rq.timeouts import BaseDeathPenalty
 from rq.worker.base import BaseWorker, WorkerStatus
 
 from app.core import failpoints
-from app.core.errors import GenerationFailed, ModelUnavailable, SafelightError
+from app.core.errors import GenerationFailed, ModelUnavailable, OutOfMemory, SafelightError
 from app.core.job import JobStatus, Priority
 from app.core.metrics import WorkerMetrics
 from worker.engine.engine import Engine
@@ -23,6 +23,7 @@ from worker.heart import Heart, Pulse
 from worker.held import HeldJob
 from worker.intake import Intake, Room
 from worker.leases import Claim
+from worker.pace import Pacer
 from worker.pipelines.load import WarmModel
 from worker.pipelines.tasks import runs_for
 from worker.reaper import Reaper
@@ -59,6 +60,7 @@ class Consumer(BaseWorker):
         keeper: Keeper,
         metrics: WorkerMetrics,
         room: Room,
+        pacer: Pacer,
         grace_seconds: float,
         **kwargs: Any,
     ) -> None:
@@ -67,6 +69,7 @@ class Consumer(BaseWorker):
         self.keeper = keeper
         self.metrics = metrics
         self.room = room
+        self.pacer = pacer
         for model in keeper.served:
             metrics.runs_in_flight.labels(model).set(0)
         self.bell = keeper.bell
@@ -143,6 +146,7 @@ class Consumer(BaseWorker):
             self.bell.wait(IDLE_SECONDS)
             self.bell.clear()
             self.pulse.rested()
+            self.pacer.idle()
         else:
             self.witness.look(self.held.values())
             failpoints.reach("before_step")
@@ -150,6 +154,7 @@ class Consumer(BaseWorker):
             failpoints.reach("after_step")
             self._settle(finished)
             self.pulse.moved()
+            self.pacer.busy(self.engine.seconds)
 
     def _drain(self) -> None:
         if self.intake.is_open:
@@ -277,6 +282,8 @@ class Consumer(BaseWorker):
             held = self.held[job_id]
             if held.is_dropped:
                 continue
+            if isinstance(run.error, OutOfMemory):
+                self.pacer.ran_out(held)
             if run.error is None:
                 self.finisher.store(held, int(index), run.result)
                 run.result = run.sketch = None  # it may wait for the store for long, and only its bytes are needed
@@ -306,8 +313,20 @@ class Consumer(BaseWorker):
             self.successful_job_count += 1
             seconds = held.queue_seconds + time.monotonic() - held.claimed_at
             self.metrics.job_duration_seconds.labels(model).observe(seconds)
+            self._compare(held, seconds)
             for name, value in held.timings.model_dump(exclude={"queue_seconds"}).items():
                 self.metrics.phase_seconds.labels(model, name.removesuffix("_seconds")).observe(value)
+
+    def _compare(self, held: HeldJob, seconds: float) -> None:
+        """Look back at what was expected of a job that took `seconds` from its submission to its end."""
+        self.pacer.ended(held)
+        error = self.metrics.estimate_error_ratio
+        if (expected := held.job.expected_seconds) is not None and held.job.tries <= 1:
+            error.labels(held.model, "finish").observe(abs(expected - seconds) / seconds)
+        if held.half:
+            at, left = held.half
+            now = time.monotonic()
+            error.labels(held.model, "eta").observe(abs(at + left - now) / (now - held.claimed_at))
 
     def _leave_room(self, held: HeldJob) -> None:
         if held.has_room:

@@ -55,8 +55,13 @@ class Heart:
         lease_seconds: float,
         bell: threading.Event,
         on_hung: Callable[[], None],
+        eta: Callable[[HeldJob], float | None] = lambda _: None,
     ) -> None:
-        """`on_hung` is called once the step loop has hung for a lease longer than the beats went on."""
+        """`on_hung` is called once the step loop has hung for a lease longer than the beats went on.
+
+        `eta` says how many seconds are left of a job.
+        """
+        self._eta = eta
         self.lost: SimpleQueue[HeldJob] = SimpleQueue()
         self._leases = leases
         self._held = held
@@ -91,7 +96,7 @@ class Heart:
         self._look(is_beating := self._pulse.is_beating)
         if is_beating:
             held = {job.id: job for job in self._held() if not job.is_dropped}
-            beats = [beat for job in held.values() if (beat := job.beat(is_due=is_due))]
+            beats = [beat for job in held.values() if (beat := job.beat(is_due=is_due, eta=self._eta))]
             if beats:
                 self._hear(held, beats)
             self._acquit(held.values())

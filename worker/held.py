@@ -3,13 +3,14 @@
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from app.core.job import Job, Output, Progress, Timings
 from worker.engine.run import Run
 from worker.engine.target import Phase
 from worker.leases import Beat, Claim
-from worker.pipelines.pictures import Source
+from worker.pipelines.pictures import Picture, Source
 
 LOADING, STORING = "loading", "storing"
 BEGUN, ENDED, MADE = "begun", "ended", "made"  # in a walk, besides "phase:step"
@@ -24,6 +25,7 @@ class HeldJob:
     claimed_at: float = field(default_factory=time.monotonic)
     outputs: dict[int, Output] = field(default_factory=dict)  # by image, as they are stored
     source: Source | None = None  # what it starts from; None while that is read
+    pictures: dict[int, Picture] = field(default_factory=dict)  # of a grid, until the last is there
     is_started: bool = False  # its model is warm, and its runs are made
     made: int = 0  # images that are bytes
     has_room: bool = True  # it takes up room in the engine
@@ -36,6 +38,7 @@ class HeldJob:
         default_factory=lambda: defaultdict(lambda: defaultdict(float))
     )
     _last_seen: dict[str, tuple[Phase, float]] = field(default_factory=dict)
+    half: tuple[float, float] | None = None  # when half of its steps were done (monotonic), and its ETA then
     _last_beat: str = ""
 
     @property
@@ -66,12 +69,26 @@ class HeldJob:
 
     @property
     def is_stored(self) -> bool:
-        return len(self.outputs) == len(self.runs)
+        return len(self.outputs) == self.parts
+
+    @property
+    def parts(self) -> int:
+        """How many outputs it has in the end: its images, and their grid."""
+        return len(self.runs) + bool(self.claim.job and self.claim.job.params.grid)
+
+    def gather(self, index: int, picture: Picture) -> list[Picture]:
+        """Keep a picture for the grid; all of them, in order, for the one that was still missing, else none."""
+        with self.lock:
+            self.pictures[index] = picture
+            if len(self.pictures) < len(self.runs):
+                return []
+            found, self.pictures = self.pictures, {}
+        return [found[i] for i in sorted(found)]
 
     @property
     def is_made(self) -> bool:
         """Whether all that is left to do is to store bytes: whatever ends the worker now, it is not this job."""
-        return bool(self.runs) and self.made == len(self.runs)
+        return bool(self.runs) and self.made == self.parts
 
     @property
     def is_suspect(self) -> bool:
@@ -119,10 +136,17 @@ class HeldJob:
             store_seconds=round(self.store_seconds, 4),
         )
 
-    def beat(self, *, is_due: bool) -> Beat | None:
+    def beat(self, *, is_due: bool, eta: Callable[["HeldJob"], float | None] = lambda _: None) -> Beat | None:
         """What to tell Redis: the progress if it moved, the bare lease if that is due, else nothing."""
-        progress = self.progress.model_dump_json()
-        if progress == self._last_beat:
+        progress = self.progress
+        known = progress.model_dump_json()
+        if known == self._last_beat:
             return Beat(self.claim.id, self.claim.fence) if is_due else None
-        self._last_beat = progress
-        return Beat(self.claim.id, self.claim.fence, progress)
+        self._last_beat = known
+        left = eta(self)
+        if left is None:
+            return Beat(self.claim.id, self.claim.fence, known)
+        if self.half is None and 2 * progress.step >= progress.steps:
+            self.half = (time.monotonic(), left)
+        told = progress.model_copy(update={"eta_seconds": round(left, 2)})
+        return Beat(self.claim.id, self.claim.fence, told.model_dump_json())

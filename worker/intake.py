@@ -48,10 +48,15 @@ class Room:
             return self._held.total()
 
     @property
+    def common(self) -> int:
+        """Images that one tenant may have in hand while no other has any."""
+        return self._size - self._reserve
+
+    @property
     def passing(self) -> list[str]:
         """The tenants for whom there is no room now."""
         with self._lock:
-            if self._held.total() < self._size - self._reserve:
+            if self._held.total() < self.common:
                 return []
             return [tenant for tenant, images in self._held.items() if images >= max(self._reserve, 1)]
 

@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What a tenant may hand in now: denoiser-seconds, and seconds until it is as much as can be. Debts are negative."""
+    """What a tenant may hand in now, in denoiser-seconds (a debt is negative), and seconds until it is full."""
 
     size: float
     left: float

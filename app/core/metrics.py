@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 JOB_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 ROW_BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+RATIO_BUCKETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1, 2, 5)
 HTTP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 30)
 
 NAMES = frozenset(
@@ -31,6 +32,7 @@ NAMES = frozenset(
         "unstored_bytes",
         "wasted_seconds_total",
         "recovered_jobs_total",
+        "estimate_error_ratio",
         "webhook_attempts_total",
         "webhook_lag_seconds",
         "http_request_seconds",
@@ -97,6 +99,7 @@ class WorkerMetrics:
     unstored_bytes: Gauge = field(init=False)
     wasted_seconds_total: Counter = field(init=False)
     recovered_jobs_total: Counter = field(init=False)
+    estimate_error_ratio: Histogram = field(init=False)
 
     def __post_init__(self) -> None:
         r = self.registry
@@ -175,6 +178,13 @@ class WorkerMetrics:
                 "safelight_wasted_seconds_total",
                 "Denoiser seconds whose result nobody got.",
                 ["reason"],
+                registry=r,
+            ),
+            "estimate_error_ratio": Histogram(
+                "safelight_estimate_error_ratio",
+                "Error of what was expected, against the whole time: finish, at submission; eta, half-way.",
+                ["model", "kind"],
+                buckets=RATIO_BUCKETS,
                 registry=r,
             ),
             "recovered_jobs_total": Counter(

@@ -97,7 +97,7 @@ class JobQueue:
         digest = hashlib.sha256(submission.idempotency_key.encode()).hexdigest() if submission.idempotency_key else ""
         async with reachable():
             await self.check_memory()
-            outlook = await self._outlook(tenant, submission)
+            outlook = await self.outlook(tenant, submission)
             failpoints.reach("before_submit")
             outcome, found, *bucket = await keys.SUBMIT.call(
                 self._redis,
@@ -124,12 +124,13 @@ class JobQueue:
         """The field of the record of a job that is queued later: what it costs."""
         return {"work": (await self._forecast.cost(submission.params)).work} if self._forecast else {}
 
-    def rules(self, outlook: Outlook | None = None) -> str:
-        """What submit.lua admits a job by."""
+    def rules(self, outlook: Outlook | None = None, *, part: float = 1.0) -> str:
+        """What submit.lua admits a job by; `part` of the longest wait is its own."""
         start = outlook.estimate.start_seconds if outlook and outlook.estimate else 0.0
-        return rules(self._limits, start_seconds=start, max_wait=self._max_wait)
+        return rules(self._limits, start_seconds=start, max_wait=self._max_wait * part)
 
-    async def _outlook(self, tenant: str, submission: Submission) -> Outlook | None:
+    async def outlook(self, tenant: str, submission: Submission) -> Outlook | None:
+        """What to expect of a job that is handed in now; None where nobody is asked."""
         if self._forecast is None:
             return None
         return await self._forecast.of_request(tenant, submission.params, submission.priority)

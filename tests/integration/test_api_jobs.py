@@ -79,7 +79,12 @@ def test_a_failed_job_says_why_in_a_code_and_a_sentence(client, worker):
 def test_a_running_job_shows_its_progress(client, worker):
     job_id = submit(client)["id"]
     worker.step(worker.claim(), 12)
-    assert client.get(f"/v1/jobs/{job_id}").json()["progress"] == {"phase": "denoising", "step": 12, "steps": 20}
+    assert client.get(f"/v1/jobs/{job_id}").json()["progress"] == {
+        "phase": "denoising",
+        "step": 12,
+        "steps": 20,
+        "eta_seconds": None,
+    }
 
 
 def test_the_request_id_travels_with_the_job(client, redis):

@@ -64,6 +64,7 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.batcher = Batcher(bucket=bucket, max_batch=max_batch)
         self.encodings = Encodings()
+        self.seconds = 0.0  # of all forwards of denoisers
         self._observer = observer or Silent()
         self._clock = clock
         self._new: deque[Run] = deque()
@@ -247,6 +248,8 @@ class Engine:
         first, rows = batch[0], sum(call.rows for call in batch)
         for call in batch if first.is_denoiser else ():
             call.run.seconds += seconds * call.rows / rows
+            call.run.rows += call.rows
+        self.seconds += seconds if first.is_denoiser else 0.0
         self.batcher.spent(batch, rows + padding, seconds)
         self._observer.forward(first.name, rows, len(batch), seconds)
 

@@ -37,6 +37,7 @@ class Run:
     order: int = -1  # of arrival, given by Engine.add
     arrived: float = 0.0  # when that was, by the engine's clock
     seconds: float = 0.0  # of denoiser time it used: its rows' share of each forward
+    rows: int = 0  # of the denoiser's forwards that were its own, in all
     sketch: Callable[[], Callable[[], Any] | None] | None = None
     result: Any = None
     error: BaseException | None = None
