@@ -1,23 +1,19 @@
 """Finisher: threads that turn images into bytes in the object store, and a finished job into a commit."""
 
-import io
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import structlog
-from PIL import Image
 from redis.exceptions import RedisError
 
 from app.core import failpoints
 from app.core.errors import SafelightError, StorageUnavailable
-from app.core.job import JobFailure, JobStatus, Output
-from app.core.params import OutputFormat
+from app.core.job import JobFailure, JobStatus, Output, Role
 from app.core.storage import Storage, digest, object_key
+from worker.encode import EXTENSIONS, Picture, encode, grid
 from worker.held import HeldJob
 from worker.leases import Leases
 from worker.spool import Kept, Spool
@@ -27,22 +23,6 @@ ENCODE_THREADS: Final = 4
 STORE_THREADS: Final = 8
 COMMIT_THREADS: Final = 4
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds between tries while the store or Redis is away
-
-FORMATS: Final[dict[OutputFormat, tuple[str, dict[str, Any]]]] = {
-    "png": ("png", {"compress_level": 4}),
-    "jpeg": ("jpg", {"quality": 92}),
-    "webp": ("webp", {"quality": 92}),
-}
-
-
-Picture = npt.NDArray[np.uint8]
-
-
-def encode(image: Picture, output_format: OutputFormat) -> bytes:
-    """The bytes of a picture (height, width, 3); no metadata in them."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, output_format.upper(), **FORMATS[output_format][1])
-    return buffer.getvalue()
 
 
 class Finisher:
@@ -69,7 +49,7 @@ class Finisher:
 
     def store(self, held: HeldJob, index: int, image: Picture) -> None:
         """Encode and store image `index`; the one that completes the job commits it."""
-        self._encoders.submit(self._guarded, self._encode, held, index, image)
+        self._encoders.submit(self._guarded, self._finish, held, index, image)
 
     def fail(self, held: HeldJob, error: SafelightError) -> None:
         """Commit the job as failed."""
@@ -108,18 +88,25 @@ class Finisher:
             log.exception("finisher.failed", job_id=held.id)
             self._on_end(held, None)
 
-    def _encode(self, held: HeldJob, index: int, image: Picture) -> None:
+    def _finish(self, held: HeldJob, index: int, image: Picture) -> None:
+        self._encode(held, index, image)
+        if held.job.params.grid and (pictures := held.gather(index, image)):
+            self._encode(held, len(pictures), grid(pictures), role="grid")
+
+    def _encode(self, held: HeldJob, index: int, image: Picture, *, role: Role = "image") -> None:
         if held.is_dropped:
             return
         start = time.monotonic()
-        output_format = held.job.params.output_format
-        body = encode(image, output_format)
+        params = held.job.params
+        seed = params.seed_of(index if role == "image" else 0)
+        body = encode(image, params, seed)
         output = Output(
-            key=object_key(held.id, held.claim.fence, index, FORMATS[output_format][0]),
-            seed=held.job.params.seed_of(index),
+            role=role,
+            key=object_key(held.id, held.claim.fence, index, EXTENSIONS[params.output_format]),
+            seed=seed,
             width=image.shape[1],
             height=image.shape[0],
-            content_type=f"image/{output_format}",
+            content_type=f"image/{params.output_format}",
             bytes=len(body),
             sha256=digest(body),
         )
@@ -165,7 +152,7 @@ class Finisher:
         return False
 
     def _result(self, held: HeldJob) -> dict[str, Any]:
-        outputs = [held.outputs[i].model_dump() for i in range(len(held.runs))]
+        outputs = [held.outputs[i].model_dump() for i in range(held.parts)]
         return {"outputs": outputs, "timings": held.timings.model_dump(), "progress": held.progress.model_dump()}
 
     def _commit(self, held: HeldJob, status: JobStatus, fields: dict[str, Any]) -> None:

@@ -18,9 +18,10 @@ from app.core.connections import connect
 from app.core.params import GenerationParams
 from app.core.settings import load_settings
 from worker import main
+from worker.encode import encode
 from worker.engine.target import Phase, Target
-from worker.finisher import encode
 from worker.pipelines.load import WarmModel
+from worker.pipelines.variants import Variants
 
 MODEL = "stub"
 KILLER = "kill the worker"  # a prompt that does, when its picture is half done
@@ -80,7 +81,7 @@ class Pipeline:
 def stub_model(seconds: float, spec) -> WarmModel:
     pipe = Pipeline(seconds)
     modules = {"denoiser": Target(pipe.denoiser, Phase.DENOISING)}
-    return WarmModel(spec, pipe, modules, torch.device("cpu"), torch.float32)
+    return WarmModel(spec, pipe, modules, torch.device("cpu"), torch.float32, Variants(spec, pipe))
 
 
 def picture_of(params: GenerationParams, index: int = 0) -> str:
@@ -100,7 +101,7 @@ def body_of(params: GenerationParams, index: int = 0) -> bytes:
             "np",
             return_dict=False,
         )[0][0]
-    return encode((pixels * 255).round().clip(0, 255).astype(np.uint8), params.output_format)
+    return encode((pixels * 255).round().clip(0, 255).astype(np.uint8), params, params.seed_of(index))
 
 
 def run() -> None:

@@ -13,6 +13,10 @@ end
 redis.call('HSET', JOB .. id, unpack(fields))
 redis.call('HSET', RQ .. 'job:' .. id, 'ended_at', ARGV[6])
 local at = now()
-charge(redis.call('HGET', JOB .. id, 'tenant'), at, #cjson.decode(written.outputs or '[]'), written.denoiser_seconds)
+local images = 0
+for _, output in ipairs(cjson.decode(written.outputs or '[]')) do
+  if output.role ~= 'grid' then images = images + 1 end
+end
+charge(redis.call('HGET', JOB .. id, 'tenant'), at, images, written.denoiser_seconds)
 enter(id, status, at, retention)
 return 'done'
