@@ -54,7 +54,7 @@ class Spool:
 
     @property
     def has_room(self) -> bool:
-        return self._count < MOST and any(self._used[place] < self._most[place] for place in self._used)
+        return self._count < MOST and sum(self._used.values()) < sum(self._most.values())
 
     def keep(self, body: bytes) -> Kept:
         kept = Kept(len(body), body)

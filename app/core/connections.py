@@ -6,8 +6,10 @@ import structlog
 from redis import Redis
 from redis.asyncio import BlockingConnectionPool as AsyncBlockingConnectionPool
 from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -47,7 +49,21 @@ def connect_async(url: str, *, timeout: float = TIMEOUT) -> AsyncRedis:
         health_check_interval=15,
         maint_notifications_config=NO_MAINTENANCE,
     )
+    pool.connection_class = _steady(pool.connection_class)
     return AsyncRedis.from_pool(pool)  # so that closing the client closes the pool
+
+
+def _steady(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The class, with its one gap closed: uvloop raises RuntimeError from a write to what was closed just before."""
+
+    class Steady(connection_class):  # type: ignore[valid-type, misc]  # redis-py picks the class by the URL
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:
+                raise RedisConnectionError("the connection was closed") from error
+
+    return Steady
 
 
 def check_server(redis: Redis) -> None:

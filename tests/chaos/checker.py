@@ -47,18 +47,22 @@ class Verdict:
     recoveries: list[float] = field(default_factory=list)  # seconds from a kill to the next start
     webhooks: int = 0
     orphans: int = 0
+    forgotten: int = 0  # jobs that Redis acknowledged and does not know, where that may be
+    chances: int = 0  # deaths that did not count, see reap.lua
 
     @property
     def is_clean(self) -> bool:
         return not any(self.broken.values())
 
     def __str__(self) -> str:
-        kinds = ("lost", "double", "dangling", "webhook", "cancelled", "wrong")
+        kinds = ("lost", "double", "dangling", "webhook", "cancelled", "wrong", "rq info")
         counts = ", ".join(f"{len(self.broken[kind])} {kind}" for kind in kinds)
         times = sorted(self.recoveries)
         recovery = f"recovery of {len(times)} jobs p50 {_share(times, 0.5):.1f} s p99 {_share(times, 0.99):.1f} s"
         lines = [f"{self.jobs} jobs: {counts}; {self.webhooks} webhooks", recovery if times else "no job to recover"]
         lines.append(f"deaths {dict(sorted(self.died.items()))}, tries {dict(sorted(self.tries.items()))}")
+        lines.append(f"{self.chances} deaths were not a job's doing by the marks, besides those of pictures made")
+        lines += [f"{self.forgotten} acknowledged jobs were forgotten by Redis"] if self.forgotten else []
         lines.append(f"{self.orphans} objects of attempts that never committed, left to the sweep")
         lines += [f"  {kind}: {text}" for kind, texts in self.broken.items() for text in texts[:10]]
         return "\n".join(lines)
@@ -68,8 +72,11 @@ def _share(times: list[float], share: float) -> float:
     return times[min(int(len(times) * share), len(times) - 1)] if times else 0.0
 
 
-def check(service: Service, history: History, job_ids: list[str]) -> Verdict:
-    """Judge these jobs, all of which must have ended, and whose webhooks must have been sent."""
+def check(service: Service, history: History, job_ids: list[str], *, may_forget: bool = False) -> Verdict:
+    """Judge these jobs, all of which must have ended, and whose webhooks must have been sent.
+
+    `may_forget`: Redis was not told to sync every write, and what it lost is counted only.
+    """
     verdict = Verdict(jobs=len(job_ids))
     cancelled = {entry["job"] for entry in history.of("cancel") if entry["outcome"] == "canceled"}
     hooks = _webhooks(service)
@@ -79,6 +86,9 @@ def check(service: Service, history: History, job_ids: list[str]) -> Verdict:
     committed = _commits(service)
     for job_id in job_ids:
         job = service.job(job_id)
+        if job is None and may_forget:
+            verdict.forgotten += 1
+            continue
         if job is None:
             verdict.broken["lost"].append(f"{job_id} is not known any more")
             continue
@@ -90,6 +100,7 @@ def check(service: Service, history: History, job_ids: list[str]) -> Verdict:
         record = service.redis.hgetall(keys.JOB + job_id)
         verdict.died[int(record.get("deaths", 0))] += 1
         verdict.tries[int(record.get("tries", 0))] += 1
+        verdict.chances += int(record.get("chances", 0))
     verdict.orphans = len(objects)
     for fault in history.of("kill"):
         for job_id in fault["jobs"]:

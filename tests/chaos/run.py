@@ -1,9 +1,8 @@
 """Run: jobs are submitted while, at moments drawn from a seed, workers, Redis, the sender and the store fail."""
 
 import random
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,11 @@ import httpx2
 from tests.chaos.bucket import MODES
 from tests.chaos.checker import History, Verdict, check
 from tests.chaos.nursery import Nursery
+from tests.chaos.rq_info import RqInfo
 from tests.chaos.service import Service, service
 
 SUBMITTERS = 8
+PAGE = resource.getpagesize()
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Plan:
     step: float = 0.05  # seconds of a forward; four make a picture
     settle: float = 240.0  # seconds everything may take to end after the last fault
     redis: str = "valkey"
-    rq_info: bool = True  # run `rq info` again and again
+    appendfsync: str = "always"
+    side: int = 64  # pixels of a picture; from 72 on it is noise, 3 bytes a pixel
+    environment: tuple[tuple[str, str], ...] = ()  # settings of the service
 
     def faults(self) -> list[tuple[float, str]]:
         rng = random.Random(self.seed)
@@ -66,16 +69,15 @@ class Run:
         self._began = time.monotonic()
         self._is_over = threading.Event()
         self._errands: list[threading.Thread] = []
+        self.memory = self.spooled = 0.0
         self.redis_back: list[float] = []  # seconds from Redis' answer to the API's readiness
-        self.rq_infos = 0
+        self.rq_info = RqInfo(built.redis, built.redis_server.url)
 
     def play(self) -> Verdict:
-        watchers = [
-            threading.Thread(target=self._read, daemon=True),
-            threading.Thread(target=self._rq_info, daemon=True),
-        ]
+        watchers = [threading.Thread(target=each, daemon=True) for each in (self._read, self._watch_memory)]
         for watcher in watchers:
             watcher.start()
+        self.rq_info.start()
         with ThreadPoolExecutor(SUBMITTERS) as pool:
             submitting = pool.map(self._submit, range(self.plan.jobs))
             for at, kind in self.plan.faults():
@@ -88,7 +90,11 @@ class Run:
         self._is_over.set()
         for watcher in watchers:
             watcher.join()
-        return check(self.built, self.history, job_ids)
+        self.rq_info.close()
+        self.rq_info.look_at_the_end()
+        verdict = check(self.built, self.history, job_ids, may_forget=self.plan.appendfsync != "always")
+        verdict.broken["rq info"] += self.rq_info.broken
+        return verdict
 
     def _submit(self, number: int) -> str:
         rng = random.Random(self.plan.seed * 1_000_003 + number)
@@ -97,7 +103,13 @@ class Run:
         priority = rng.choice(("high", "normal", "normal", "low"))
         key = f"{self.plan.seed}-{number}"
         job_id = self.built.submit(
-            key=key, patience=120, seed=number, num_images=rng.choice((1, 1, 1, 2)), priority=priority
+            key=key,
+            patience=120,
+            seed=number,
+            num_images=rng.choice((1, 1, 1, 2)),
+            priority=priority,
+            width=self.plan.side,
+            height=self.plan.side,
         )
         self.history.note("submit", job=job_id, key=key)
         if rng.random() < self.plan.cancels:
@@ -122,11 +134,16 @@ class Run:
                         sums = [output["sha256"] for output in job["outputs"]]
                         self.history.note("read", job=job["id"], status=job["status"], sha256=sums)
 
-    def _rq_info(self) -> None:
-        command = [str(Path(sys.executable).with_name("rq")), "info", "-u", self.built.redis_server.url]
-        while self.plan.rq_info and not self._is_over.wait(3):
-            done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-            self.rq_infos += done.returncode == 0
+    def _watch_memory(self) -> None:
+        """The most that a worker and its files took: megabytes."""
+        spool = Path(self.built.environment["SAFELIGHT_DATA"]) / "spool"
+        while not self._is_over.wait(0.2):
+            for slot in self.built.workers:
+                with suppress(OSError, ValueError):
+                    pages = int(Path(f"/proc/{slot.child.pid}/statm").read_text().split()[1])
+                    self.memory = max(self.memory, pages * PAGE / 1e6)
+            with suppress(OSError):
+                self.spooled = max(self.spooled, sum(f.stat().st_size for f in spool.glob("*/*")) / 1e6)
 
     def _choose(self):
         return self._rng.choice(self.built.workers)
@@ -193,7 +210,8 @@ class Run:
 def run(plan: Plan, forks: Nursery, folder: Path) -> tuple[Verdict, str]:
     """Play a plan; the verdict, and what to print."""
     environment = {"SAFELIGHT_LEASE_SECONDS": str(plan.lease), "STUB_STEP_SECONDS": str(plan.step)}
-    with service(folder, forks, redis=plan.redis, **environment) as built:
+    environment |= dict(plan.environment)
+    with service(folder, forks, redis=plan.redis, appendfsync=plan.appendfsync, **environment) as built:
         built.start_all(plan.workers)
         history = History(folder / "history.jsonl")
         played = Run(plan, built, history)
@@ -201,7 +219,12 @@ def run(plan: Plan, forks: Nursery, folder: Path) -> tuple[Verdict, str]:
         verdict = played.play()
         took = time.monotonic() - began
     counts = ", ".join(f"{len(history.of(k))} {k}" for k in ("kill", "stop", "restart", "redis", "sender", "store"))
-    said = [f"seed {plan.seed}: {counts}; {took:.0f} s; rq info {played.rq_infos} times", str(verdict)]
+    info = played.rq_info
+    said = [f"seed {plan.seed}: {counts}; {took:.0f} s", str(verdict)]
+    said.append(
+        f"rq info {info.runs} times, {info.compared} counts compared, {info.samples} samples of our own indexes"
+    )
+    said.append(f"most memory of a worker {played.memory:.0f} MB, most on disk for the store {played.spooled:.1f} MB")
     if played.redis_back:
         said.append(f"ready again after Redis: at most {max(played.redis_back):.2f} s")
     return verdict, "\n".join(said)

@@ -182,11 +182,12 @@ class Service:
         return found[0]
 
     def unfinished(self, job_ids: list[str]) -> list[str]:
-        """Those of the jobs that have not ended, all of them while Redis is away."""
+        """Those of the jobs that are known and have not ended, all of them while Redis is away."""
         with suppress(RedisError, OSError), self.redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
-                pipeline.hget(JOB + job_id, "completed_at")
-            return [job_id for job_id, ended in zip(job_ids, pipeline.execute(), strict=True) if not ended]
+                pipeline.hmget(JOB + job_id, "status", "completed_at")
+            found = zip(job_ids, pipeline.execute(), strict=True)
+            return [job_id for job_id, (status, ended) in found if status and not ended]
         return job_ids
 
     def held_by(self, slot: Slot) -> list[str]:
@@ -240,11 +241,18 @@ class Service:
 
 @contextmanager
 def service(
-    folder: Path, forks: Nursery, *, redis: str = "valkey", on_disk: bool = False, models: int = 1, **environment
+    folder: Path,
+    forks: Nursery,
+    *,
+    redis: str = "valkey",
+    appendfsync: str = "always",
+    on_disk: bool = False,
+    models: int = 1,
+    **environment,
 ) -> Iterator[Service]:
     """A service without processes yet, on a Redis, a store and a receiver of its own."""
     with ExitStack() as stack:
-        server = stack.enter_context(redis_server(folder, redis_binaries()[redis]))
+        server = stack.enter_context(redis_server(folder, redis_binaries()[redis], appendfsync))
         store = None if on_disk else stack.enter_context(bucket(folder))
         hook = stack.enter_context(receiver())
         built = Service(folder, forks, server=server, store=store, hook=hook, models=models, **environment)

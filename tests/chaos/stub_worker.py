@@ -27,28 +27,30 @@ MODEL = "stub"
 KILLER = "kill the worker"  # a prompt that does, when its picture is half done
 HANG = "hang the worker"  # a prompt whose second forward never returns
 STEP_VARIABLE = "STUB_STEP_SECONDS"
+ROW_VARIABLE = "STUB_ROW_SECONDS"  # of each row of a batch, where they take longer together than a step
 CANCELS = "chaos:cancels"  # list in Redis: "place id outcome"
 CANCEL_VARIABLE = "STUB_CANCEL_SHARE"  # of the visits to a failpoint, at which the job there is cancelled
 
 
 class Denoiser(torch.nn.Module):
-    """Takes `seconds` for a batch of any size; elementwise, so that company changes no bit."""
+    """Takes `seconds`, or `row_seconds` for each row if that is more; elementwise, so that company changes no bit."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, row_seconds: float) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(0.9))
-        self.seconds = seconds
+        self.seconds, self.row_seconds = seconds, row_seconds
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
-        threading.Event().wait(self.seconds)  # time.sleep fails under faketime 0.9.10 and Python 3.11
+        took = max(self.seconds, self.row_seconds * len(sample))
+        threading.Event().wait(took)  # time.sleep fails under faketime 0.9.10 and Python 3.11
         return (sample * self.scale + timestep[:, None, None, None] / 1000,)
 
 
 class Pipeline:
     """What tasks.py needs of a diffusers pipeline."""
 
-    def __init__(self, seconds: float) -> None:
-        self.denoiser = Denoiser(seconds).eval()
+    def __init__(self, seconds: float, row_seconds: float = 0.0) -> None:
+        self.denoiser = Denoiser(seconds, row_seconds).eval()
         self.scheduler = DDIMScheduler()
 
     def set_progress_bar_config(self, **options) -> None: ...
@@ -78,8 +80,8 @@ class Pipeline:
         return (small.repeat(scale, axis=1).repeat(scale, axis=2),)
 
 
-def stub_model(seconds: float, spec) -> WarmModel:
-    pipe = Pipeline(seconds)
+def stub_model(seconds: float, row_seconds: float, spec) -> WarmModel:
+    pipe = Pipeline(seconds, row_seconds)
     modules = {"denoiser": Target(pipe.denoiser, Phase.DENOISING)}
     return WarmModel(spec, pipe, modules, torch.device("cpu"), torch.float32, Variants(spec, pipe))
 
@@ -112,7 +114,7 @@ def run() -> None:
     if share := float(os.environ.get(CANCEL_VARIABLE, "0")):
         arm_cancels(connect(settings.redis_url), share)
     seconds = float(os.environ.get(STEP_VARIABLE, "0.01"))
-    main.work(settings, partial(stub_model, seconds))
+    main.work(settings, partial(stub_model, seconds, float(os.environ.get(ROW_VARIABLE, "0"))))
 
 
 def arm_cancels(redis, share: float) -> None:

@@ -5,9 +5,11 @@ import time
 
 import pytest
 import structlog
+import uvloop
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.core import redis_keys as keys
-from app.core.connections import check_server, connect
+from app.core.connections import check_server, connect, connect_async
 from app.core.errors import ConfigError
 from tests.chaos.checker import History, check
 from tests.chaos.service import service
@@ -99,6 +101,17 @@ def test_a_worker_told_to_stop_twice_still_hands_its_jobs_back(built):
     for job_id in job_ids:
         assert built.wait(job_id)["status"] == "succeeded"
         assert built.redis.hmget(keys.JOB + job_id, "tries", "deaths") == ["1", None]
+
+
+def test_a_connection_that_closes_under_a_write_is_an_error_of_redis_under_uvloop_too(redis_url):
+    async def write_to_a_closed_one():
+        async with connect_async(redis_url) as redis:
+            connection = await redis.connection_pool.get_connection()
+            connection._writer.transport.abort()
+            await connection.send_command("PING")
+
+    with pytest.raises(RedisConnectionError):
+        uvloop.run(write_to_a_closed_one())
 
 
 @pytest.mark.parametrize("name", redis_binaries())
