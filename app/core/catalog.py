@@ -123,7 +123,8 @@ class ModelSpec(BaseModel):
     upscale_factor: Literal[2, 4] | None = None  # of a model that upscales
     upscalers: dict[Literal["2", "4"], ModelName] = {}  # other models, by the factor they are for
     examples: tuple[str, ...] = ()
-    quality: dict[Quality, Annotated[int, Field(ge=1, le=MAX_STEPS)]] = {}  # steps of OpenAI's names, where not as usual
+    long_prompts: bool = True  # where its text encoders can read in pieces what is longer than they are
+    quality: dict[Quality, Annotated[int, Field(ge=1, le=MAX_STEPS)]] = {}  # steps, where not the usual
     safety: SafetySpec | None = None
 
     @model_validator(mode="after")

@@ -19,8 +19,8 @@ from worker.engine.lora import Adapters, Layers
 from worker.engine.target import Phase, Target
 from worker.pipelines import lora, previews, schedulers
 from worker.pipelines.arguments import unused
-from worker.pipelines.prompts import can_weigh
 from worker.pipelines.previews import Previewer
+from worker.pipelines.prompts import can_weigh
 from worker.pipelines.variants import Variants
 
 log = structlog.get_logger()

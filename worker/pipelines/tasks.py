@@ -56,7 +56,8 @@ def paint(model: WarmModel, params: GenerationParams, source: Source, seed: int,
     pipe = copy.copy(model.variants.get(ability_of(params), tuple(control.type for control in params.controls)))
     pipe.scheduler = schedulers.make(params.scheduler, model.pipe.scheduler.config)
     previews.follow(run, pipe, model.previewer, params.height, params.width)
-    output = pipe(**with_prompts(arguments(pipe, params, seed, run, source), pipe, params))
+    asked = arguments(pipe, params, seed, run, source)
+    output = pipe(**with_prompts(asked, pipe, params, in_pieces=model.spec.long_prompts))
     return source.kept_in(to_picture(output[0][0]))
 
 

@@ -106,7 +106,7 @@ def _of(error: SafelightError) -> Refused:
         kind = "requests"
     elif isinstance(error, InvalidRequest):
         status = HTTPStatus.BAD_REQUEST
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+    headers = error.headers | ({"Retry-After": str(error.retry_after)} if error.retry_after else {})
     return Refused(error.message, status=status, kind=kind, param=_param(error.message), code=code, headers=headers)
 
 
