@@ -1,4 +1,4 @@
-"""Reaper: the threads in every worker that find the jobs of the dead, keep deadlines and sweep what is past its time."""
+"""Reaper: the threads in every worker that find the jobs of the dead, keep deadlines and sweep the old."""
 
 import threading
 import time

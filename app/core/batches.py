@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 from prometheus_client import Counter
@@ -22,7 +22,8 @@ from redis.exceptions import RedisError
 from app.core import redis_keys as keys
 from app.core.batch import Batch, BatchStatus, batch_from_hash
 from app.core.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound, Overloaded, Unavailable
-from app.core.job import JobStatus, new_id, new_job_id
+from app.core.job import JobStatus, Priority, new_id, new_job_id
+from app.core.params import GenerationParams
 from app.core.queue import JobQueue, Page, Submission, _fields, _rq_fields, reachable
 
 log = structlog.get_logger()
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 MAX_MEMBERS: Final = 10_000
 MAX_OPEN: Final = 20  # batches of a tenant
 STEP: Final = 20  # members of one step: Redis does nothing else meanwhile
+PART: Final = 0.5  # of the longest wait that is allowed: the rest is for what comes one by one
 PLAN_STEP: Final = 100  # members written to a plan at a time
 PLAN_SECONDS: Final = 600  # a plan that no batch was made of goes after this
 DELETING: Final = "deleting"  # a status that nobody is shown
@@ -171,7 +173,7 @@ class Batches:
     async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> None:
         key, lines, index = keys.BATCH_PLAN + batch_id, Texts(), 0
         async for member in members:
-            lines.append(self._member(tenant, batch_id, index, member))
+            lines.append(await self._member(tenant, batch_id, index, member))
             index += 1
             if len(lines) == PLAN_STEP:
                 await self._write(key, lines)
@@ -185,11 +187,11 @@ class Batches:
         pipeline.expire(key, PLAN_SECONDS)
         await pipeline.execute()
 
-    def _member(self, tenant: str, batch_id: str, index: int, member: Submission) -> str:
+    async def _member(self, tenant: str, batch_id: str, index: int, member: Submission) -> str:
         """What submit.lua takes to queue it, but for the rules of admission, which are those of that moment."""
         job_id = new_job_id()
         lane = keys.lane_name(keys.queue_name(member.params.model), member.priority, tenant)
-        fields = _fields(member) | {"batch": batch_id, "batch_index": str(index)}
+        fields = _fields(member) | await self._queue.work(member) | {"batch": batch_id, "batch_index": str(index)}
         about = [job_id, tenant, lane, "", "-", self._retention_ms, json.dumps(fields), ""]
         return json.dumps([*about, *_rq_fields(job_id, lane)], separators=(",", ":"))
 
@@ -246,8 +248,22 @@ class Batches:
             await self._queue.check_memory()
         except Overloaded:
             return False
-        queued, _, _ = await keys.BATCH_FEED.call(self._redis, batch_id, STEP, "", self._retention_ms)
+        queued, _, _ = await keys.BATCH_FEED.call(
+            self._redis, batch_id, STEP, await self._rules(batch_id), self._retention_ms
+        )
         return int(queued) > 0
+
+    async def _rules(self, batch_id: str) -> str:
+        """What the next members are let in by, as any job, but for a part of the longest wait."""
+        text: Any = await self._redis.lindex(keys.BATCH_PLAN + batch_id, 0)
+        if text is None:
+            return self._queue.rules()
+        _, tenant, lane, _, _, _, fields, *_ = json.loads(text)
+        member = Submission(
+            GenerationParams.model_validate_json(json.loads(fields)["params"]),
+            priority=cast(Priority, lane.partition(":")[2] or "normal"),
+        )
+        return self._queue.rules(await self._queue.outlook(tenant, member), part=PART)
 
 
 def _digest(idempotency_key: str) -> str:

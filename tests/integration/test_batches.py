@@ -1,5 +1,6 @@
 """Batches through a real API on a real Valkey. MEMBERS=10000 runs the large forms."""
 
+import base64
 import json
 import os
 import threading
@@ -8,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+from PIL import Image
 
 from app.core import redis_keys as keys
+from app.core.limits import set_limits
 from app.core.retention import sweep
 from app.core.storage import open_storage
+from tests.conftest import PretendWorker
 from tests.integration.test_api_idempotency import Mortal
 from tests.servers import free_port
+from tests.unit.test_images import encoded
 
 MEMBERS = int(os.environ.get("MEMBERS", "600"))
 
@@ -349,6 +354,58 @@ def test_a_full_redis_takes_no_batch_and_an_open_one_waits(client, redis):
     finally:
         redis.config_set("maxmemory", 0)
         time.sleep(1.1)  # so that others do not hear of it
+
+
+def test_members_are_queued_as_fast_as_the_tenants_limits_let_them(api, redis):
+    set_limits(redis, "default", {"max_waiting": 25})
+    with api.client() as client:
+        batch = submit(client, requests=small(60))
+        deadline = time.monotonic() + 10
+        while look(client, batch)["counts"]["queued"] < 25:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)
+        held = look(client, batch)
+        assert (held["status"], held["counts"]["queued"], held["counts"]["planned"]) == ("creating", 25, 35)
+        assert "when fewer of your jobs wait" in held["notice"]
+        assert client.post("/v1/jobs", json={"prompt": "x"}).status_code == 429
+        worker = PretendWorker(redis, api.settings.data)
+        for _ in range(60):
+            deadline = time.monotonic() + 10
+            while not redis.zcard(f"{keys.JOBS}default:queued"):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            worker.succeed(worker.claim())
+        ended = wait_for(client, batch, "completed")
+        assert ended["counts"]["succeeded"] == 60
+        assert ended["notice"] is None
+
+
+def test_a_member_whose_upload_is_gone_before_it_is_queued_counts_as_failed(api, redis):
+    set_limits(redis, "default", {"max_waiting": 1})
+    with api.client() as client:
+        body = encoded(Image.new("RGB", (64, 64), "red"))
+        upload = client.post("/v1/uploads", files={"file": ("a.png", body, "image/png")}).json()["id"]
+        batch = submit(client, requests=[{"prompt": "a"}, {"prompt": "b", "image": upload, "strength": 0.5}])
+        deadline = time.monotonic() + 10
+        while look(client, batch)["counts"]["queued"] < 1:
+            assert time.monotonic() < deadline
+        assert client.delete(f"/v1/uploads/{upload}").status_code == 204
+        worker = PretendWorker(redis, api.settings.data)
+        worker.succeed(worker.claim())
+        ended = wait_for(client, batch, "completed")
+        assert (ended["counts"]["succeeded"], ended["counts"]["failed"]) == (1, 1)
+        lost = [data for _, kind, data in events(client, batch) if kind == "job" and data["index"] == 1]
+        assert [event["status"] for event in lost] == ["failed"]
+
+
+def test_a_picture_that_many_members_name_is_taken_in_once(client):
+    data = "data:image/png;base64," + base64.b64encode(encoded(Image.new("RGB", (64, 64), "blue"))).decode()
+    batch = submit(client, request={"prompt": "x", "image": data, "strength": 0.5}, matrix={"seed": list(range(30))})
+    wait_for(client, batch, "processing")
+    images = {job["params"]["image"] for job in jobs_of(client, batch)}
+    assert [image[:7] for image in images] == ["upload_"]
+    assert len(client.get("/v1/uploads").json()["data"]) == 1
 
 
 def test_too_many_open_batches_are_a_conflict(client):
