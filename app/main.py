@@ -21,12 +21,12 @@ from app.api.compat.openai import routes as openai
 from app.api.deps import PLACES, Services
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_to, install, responses
+from app.api.streams import Streams
 from app.core import failpoints
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
 from app.core.batches import Batches
 from app.core.catalog import Catalog, load_catalog
-from app.core.lora_check import check_adapters
 from app.core.connections import check_server, connect, connect_async
 from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
@@ -36,6 +36,7 @@ from app.core.image_inputs import ImageInputs
 from app.core.image_process import ImageProcesses
 from app.core.job import JobStatus
 from app.core.limits import defaults
+from app.core.lora_check import check_adapters
 from app.core.metrics import ApiMetrics, api_metrics
 from app.core.queue import JobQueue
 from app.core.settings import Settings, redis_url, url_secret
@@ -102,6 +103,7 @@ def _lifespan(
             queue=queue,
             forecast=forecast,
             limits=base,
+            streams=Streams(redis, base),
             storage=storage,
             hub=hub,
             keys=KeyRing(redis),

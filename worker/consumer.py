@@ -154,7 +154,7 @@ class Consumer(BaseWorker):
             failpoints.reach("after_step")
             self._settle(finished)
             self.pulse.moved()
-            self.pacer.busy(self.engine.seconds)
+            self.pacer.busy(self.engine.work)
 
     def _drain(self) -> None:
         if self.intake.is_open:

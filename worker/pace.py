@@ -3,21 +3,21 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Final
 
 from app.core.estimates import Measured, Pace, forward_seconds, remaining_seconds
 from worker.engine.batcher import PATIENCE, PRIORITY_SECONDS, Batcher, Shape
+from worker.engine.engine import Work
 from worker.engine.run import Run
 from worker.engine.target import Phase
 from worker.held import HeldJob
 from worker.warm import Keeper, Place
 
-WEIGHT: Final = 0.1  # of what was seen last
+WEIGHT: Final = 0.2  # of what was seen last
 SIZES: Final = 8  # that are told of a model
-MOST_DRAG: Final = 10.0
-WATCHED_SECONDS: Final = 1.0  # of work without a pause, before its drag says something
+WATCHED_SECONDS: Final = 0.5  # of work without a pause, before its drag says something
 
 
 @dataclass(slots=True)
@@ -40,19 +40,22 @@ class Pacer:
     ) -> None:
         self._batcher, self._keeper, self._max_images, self._clock = batcher, keeper, max_images, clock
         self._known: defaultdict[str, _Known] = defaultdict(_Known)
-        self._drag = 1.0
-        self._since: tuple[float, float] | None = None  # when work without a pause began, and what was computed then
+        self._drag: float | None = None
+        self._full_drag: float | None = None
+        self._since: tuple[float, Work] | None = None  # when work without a pause began, and what was done then
 
-    def busy(self, computed: float) -> None:
-        """The loop has made a step, and there is more to do; `computed` seconds of forwards so far, in all."""
+    def busy(self, done: Work) -> None:
+        """The loop has made a step, and there may be more to do."""
         now = self._clock()
         if self._since is None:
-            self._since = (now, computed)
+            self._since = (now, replace(done))
         began, before = self._since
-        if now - began > WATCHED_SECONDS and computed > before:
-            drag = min((now - began) / (computed - before), MOST_DRAG)
-            self._drag += WEIGHT * (max(drag, 1.0) - self._drag)
-            self._since = (now, computed)
+        if now - began < WATCHED_SECONDS or done.ideal == before.ideal:
+            return
+        self._drag = _moved(self._drag, (now - began) / (done.seconds - before.seconds))
+        if done.unfilled == before.unfilled:
+            self._full_drag = _moved(self._full_drag, (now - began) / (done.ideal - before.ideal))
+        self._since = (now, replace(done))
 
     def idle(self) -> None:
         """There is nothing to do."""
@@ -70,7 +73,7 @@ class Pacer:
                 known.plain_rows = rows
         timings = held.timings
         around = timings.encode_seconds + timings.decode_seconds + timings.store_seconds
-        known.around = around if known.around is None else known.around + WEIGHT * (around - known.around)
+        known.around = _moved(known.around, around)
 
     def ran_out(self, held: HeldJob) -> None:
         """A job did not fit into memory."""
@@ -103,7 +106,8 @@ class Pacer:
             guided_rows=guided,
             plain_rows=plain,
             around_seconds=known.around or 0.0,
-            drag=self._drag,
+            drag=self._drag or 1.0,
+            full_drag=self._full_drag or self._drag or 1.0,
             max_images=self._max_images,
             not_fitting=sorted(known.not_fitting),
         )
@@ -132,15 +136,20 @@ class Pacer:
 
         together = min(sum(rows.values()), measured.most_rows)
         in_step = max((run.remaining for run in own), default=0) * forward_seconds(measured.curve, max(together, 1))
-        left = max(remaining_seconds(map(due, own), map(due, company)), in_step)
+        in_turn = remaining_seconds(map(due, own), map(due, company))
+        left = max(in_turn * pace.full_drag, in_step * pace.drag)
         after = pace.around_seconds if any(run.phase is not Phase.DECODING for run in own) else pace.around_seconds / 2
-        return left * pace.drag + after
+        return left + after
 
     @staticmethod
     def _rows_of(run: Run, pace: Pace, held: HeldJob) -> int:
         if run.step and run.rows:
             return max(round(run.rows / run.step), 1)
         return pace.guided_rows if held.job.params.guidance_scale > 1 else pace.plain_rows
+
+
+def _moved(known: float | None, seen: float) -> float:
+    return seen if known is None else known + WEIGHT * (seen - known)
 
 
 def _rows(known: _Known, place: Place) -> tuple[int, int]:

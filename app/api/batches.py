@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from app.api.auth import Caller, Identity, needs
 from app.api.batch_members import BatchRequest, submissions
 from app.api.deps import Deps, Services
-from app.api.events import HEADERS, EventStream, LastEventId, follow, format_event, position
+from app.api.events import EventStream, LastEventId, follow, format_event, open_stream, position
 from app.api.jobs import IdempotencyKey
 from app.api.problems import responses
 from app.api.schemas import BatchFilter, JobFilter, ListResponse
@@ -128,7 +128,7 @@ async def list_batch_jobs(
     return ListResponse(data=await deps.views(page.jobs), next_cursor=page.next_cursor)
 
 
-@router.get("/v1/batches/{batch_id}/events", response_class=EventStream, responses=_EVENTS | responses(404))
+@router.get("/v1/batches/{batch_id}/events", response_class=EventStream, responses=_EVENTS | responses(404, 429))
 @needs(Scope.READ)
 async def stream_batch_events(
     batch_id: BatchId, caller: Caller, deps: Deps, last_event_id: LastEventId = None
@@ -138,7 +138,7 @@ async def stream_batch_events(
     after = position(last_event_id) or 0
     if batch.status.is_final and after and not await deps.hub.read(OfBatch(batch_id), after):
         return Response(status_code=204)
-    return EventStream(_events(deps, caller, batch, after), headers=HEADERS)
+    return await open_stream(deps, caller, _events(deps, caller, batch, after))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", responses=responses(404))

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from redis.asyncio import Redis
 
+from app.api.streams import Streams
 from app.core import processes
 from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
@@ -15,8 +16,8 @@ from app.core.batches import Batches
 from app.core.catalog import Catalog
 from app.core.endpoints import Endpoints
 from app.core.events import Hub
-from app.core.image_inputs import ImageInputs
 from app.core.forecast import Forecast, Outlook
+from app.core.image_inputs import ImageInputs
 from app.core.job import Job, JobStatus, JobView, view
 from app.core.limits import Limits
 from app.core.metrics import ApiMetrics
@@ -41,6 +42,7 @@ class Services:
     queue: JobQueue
     forecast: Forecast
     limits: Limits  # of tenants without their own
+    streams: Streams
     storage: Storage
     hub: Hub
     keys: KeyRing
@@ -61,6 +63,10 @@ class Services:
     async def served(self) -> set[str]:
         """The models that a live worker serves."""
         return {model for process in await processes.live(self.redis) for model in process.models}
+
+    async def warm(self) -> set[str]:
+        """The models that a live worker has in memory, or is loading."""
+        return {model for process in await processes.live(self.redis) for model in process.warm}
 
     async def view(self, job: Job) -> JobView:
         """A job's JSON, its URLs signed now, with a notice where it waits for a worker that is not there."""

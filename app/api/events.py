@@ -4,18 +4,21 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from redis.exceptions import RedisError
+from starlette.types import Receive, Send
+from starlette.types import Scope as Scope_
 
 from app.api.auth import Caller, Identity, is_still_good, needs
 from app.api.deps import Deps, Services
 from app.api.jobs import JobId
 from app.api.problems import responses
+from app.api.streams import Streams
 from app.core import events
 from app.core.api_keys import Scope
 from app.core.errors import NotFound, QueueUnavailable
@@ -26,7 +29,7 @@ from app.core.previews import PreviewsOf, watching
 KEEP_ALIVE: Final = 10.0  # seconds; a caller that is gone is noticed when something is written
 _NUMBER: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 _EVENT_STREAM: Final = "text/event-stream"
-_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _OF_JOB: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": (
@@ -69,33 +72,46 @@ class EventStream(StreamingResponse):
     """Not FastAPI's EventSourceResponse: under that a route can only be a generator, which cannot answer 204."""
 
     media_type = _EVENT_STREAM
+    open_for: tuple[Streams, str] | None = None  # whose stream it is
+
+    async def __call__(self, scope: Scope_, receive: Receive, send: Send) -> None:
+        with self.open_for[0].one_more(self.open_for[1]) if self.open_for else nullcontext():
+            await super().__call__(scope, receive, send)
 
 
-@router.get("/v1/jobs/{job_id}/events", response_class=EventStream, responses=_OF_JOB | responses(404))
+async def open_stream(deps: Services, caller: Identity, made: AsyncIterator[bytes]) -> EventStream:
+    """A stream of events. Raises LimitReached where the caller has as many open as he may."""
+    await deps.streams.check(caller.tenant)
+    stream = EventStream(made, headers=HEADERS)
+    stream.open_for = (deps.streams, caller.tenant)
+    return stream
+
+
+@router.get("/v1/jobs/{job_id}/events", response_class=EventStream, responses=_OF_JOB | responses(404, 429))
 @needs(Scope.READ)
 async def stream_events(
     job_id: JobId, caller: Caller, deps: Deps, last_event_id: LastEventId = None, *, previews: WithPreviews = False
 ) -> Response:
     """What happens to a job, as it happens; ends by itself. `Last-Event-ID` resumes after that event."""
     job = await deps.queue.get(caller.tenant, job_id)
-    after = _position(last_event_id) or 0
+    after = position(last_event_id) or 0
     if job.status.is_final and after and not await deps.hub.read(OfJob(job_id), after):
         return Response(status_code=204)
     made = _watched(deps, caller, job, after) if previews else _of_job(deps, caller, job, after)
-    return EventStream(made, headers=_HEADERS)
+    return await open_stream(deps, caller, made)
 
 
-@router.get("/v1/events", response_class=EventStream, responses=_OF_TENANT)
+@router.get("/v1/events", response_class=EventStream, responses=_OF_TENANT | responses(429))
 @needs(Scope.READ)
 async def stream_all_events(caller: Caller, deps: Deps, last_event_id: LastEventId = None) -> Response:
     """The statuses of all your jobs, as they change. `Last-Event-ID` resumes after that event; 0: the oldest kept."""
     feed = OfTenant(caller.tenant)
-    last, after = await events.last_of(deps.redis, feed), _position(last_event_id)
+    last, after = await events.last_of(deps.redis, feed), position(last_event_id)
     found = _of_tenant(deps, caller, feed, last if after is None else after, last)
-    return EventStream(found, headers=_HEADERS)
+    return await open_stream(deps, caller, found)
 
 
-def _position(last_event_id: str | None) -> int | None:
+def position(last_event_id: str | None) -> int | None:
     return int(last_event_id) if last_event_id and _NUMBER.fullmatch(last_event_id) else None
 
 
@@ -114,7 +130,7 @@ async def _of_job(
 ) -> AsyncIterator[bytes]:
     """`stay` is called at every keep-alive of a stream with previews."""
     try:
-        async for event in _follow(deps, caller, OfJob(job.id), after, PreviewsOf(job.id) if stay else None):
+        async for event in follow(deps, caller, OfJob(job.id), after, PreviewsOf(job.id) if stay else None):
             if event is None:
                 async with deps.places:
                     await deps.queue.get(job.tenant, job.id)
@@ -125,7 +141,7 @@ async def _of_job(
                 yield await _last(deps, job, event)
                 return
             else:
-                yield _format(event)
+                yield format_event(event)
     except (RedisError, OSError, NotFound, QueueUnavailable):
         # The reply has begun, so it can only end: a caller connects again, and hears then what is wrong.
         return
@@ -138,19 +154,19 @@ async def _of_tenant(deps: Services, caller: Identity, feed: OfTenant, after: in
         if after > last:  # a number of another Redis: what it had seen there, nobody can tell
             yield _missed(last, last)
             after = last
-        async for event in _follow(deps, caller, feed, after):
+        async for event in follow(deps, caller, feed, after):
             if event is None:
                 yield format_sse_event(comment="keep-alive")
                 continue
             if event.id > after + 1:
                 yield _missed(after, event.id - 1)
-            yield _format(event)
+            yield format_event(event)
             after = event.id
     except (RedisError, OSError):
         return
 
 
-async def _follow(
+async def follow(
     deps: Services, caller: Identity, feed: Feed, after: int, previews: PreviewsOf | None = None
 ) -> AsyncIterator[JobEvent | None]:
     """The events after `after`, and None in between whenever somebody should say that the stream is alive.
@@ -195,7 +211,7 @@ def _missed(after: int, last: int) -> bytes:
     return format_sse_event(event="missed", data_str=json.dumps({"after": after, "until": last}), id=str(last))
 
 
-def _format(event: JobEvent) -> bytes:
+def format_event(event: JobEvent) -> bytes:
     data = json.dumps(event.data, separators=(",", ":"))
     number = None if event.type == "preview" else str(event.id)
     return format_sse_event(event=event.type, data_str=data, id=number)

@@ -43,7 +43,8 @@ class Pace:
     guided_rows: int = 2  # rows a step of one picture with guidance
     plain_rows: int = 1  # without
     around_seconds: float = 0.0  # of a picture outside of the denoiser: encoding, decoding, storing
-    drag: float = 1.0  # seconds that pass while the denoiser does one second of work in full batches
+    drag: float = 1.0  # seconds that pass while the denoiser computes for one
+    full_drag: float = 1.0  # that pass while more waits than fits into its batches, and it does one second of cost
     max_images: int = 64  # it has in hand at once
     not_fitting: Sequence[int] = ()  # sizes (pixels) of which not even one row fits into its memory
 
@@ -147,33 +148,31 @@ def waiting_before(load: Load, priority: str) -> float:
 
 
 def estimate(cost: Cost, load: Load, paces: Sequence[Pace], priority: str, pixels: int) -> Estimate | None:
-    """When a request would start and end, or None where no worker serves its model."""
+    """When a request would start and end, or None where no worker serves its model.
+
+    While more waits than the workers have room for, they do one second of cost in `full_drag` seconds each. From its
+    start on, the job shares the denoiser of its worker with what else is in the making there.
+    """
     if not paces:
         return None
-    workers = len(paces)
-    pace = paces[0]
-    drag = sum(p.drag for p in paces) / workers
-    measured = pace.near(pixels)
     before = waiting_before(load, priority)
-    room_rows = sum(p.max_images for p in paces) * max(pace.guided_rows, 1)
-    free_rows = max(room_rows - load.running_rows, 0)
-    if before > 0 or free_rows < min(cost.rows, room_rows):
-        row_work = load.running / load.running_rows if load.running_rows else cost.seconds / cost.rows
-        start = max(before - free_rows * row_work, 0.0) * drag / workers
+    row_work = load.running / load.running_rows if load.running_rows else cost.seconds / cost.rows
+    room = sum(pace.max_images * pace.guided_rows for pace in paces)  # rows
+    free = max(room - load.running_rows, 0) * row_work
+    is_late = before > 0 or free < cost.seconds
+    start = max(before - free, 0.0) / sum(1 / pace.full_drag for pace in paces) if is_late else 0.0
+    company = min(load.running_rows + before / max(row_work, 1e-9), room) / len(paces)
+    return Estimate(start, start + in_company(cost, company, paces[0], pixels))
+
+
+def in_company(cost: Cost, company: float, pace: Pace, pixels: int) -> float:
+    """Seconds from a job's start to its end beside `company` rows, all of which get on as fast."""
+    measured, rows = pace.near(pixels), cost.rows + company
+    if rows <= measured.most_rows:
+        step = forward_seconds(measured.curve, ceil(rows)) * pace.drag
     else:
-        start = 0.0
-    return Estimate(start, start + _company_seconds(cost, load, before, measured, pace, workers, drag, room_rows))
-
-
-def _company_seconds(
-    cost: Cost, load: Load, before: float, measured: Measured, pace: Pace, workers: int, drag: float, room_rows: int
-) -> float:
-    """From its start to its end: every step waits for the rows that share the denoiser with it then."""
-    coming = ceil(before / max(cost.seconds / cost.rows, 1e-9))
-    rows = min(load.running_rows + coming + cost.rows, max(room_rows, cost.rows)) / workers
-    rows = max(rows, cost.rows / (1 if cost.rows <= rows else workers))
-    step = forward_seconds(measured.curve, ceil(rows)) if rows <= measured.most_rows else rows * measured.row_seconds
-    return cost.steps * step * drag + pace.around_seconds
+        step = rows * measured.row_seconds * pace.full_drag
+    return cost.steps * step + pace.around_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class Forecast:
         cost = cost_of(job.params, self._paces[job.params.model])
         if seen is None or job.status is JobStatus.PROCESSING:
             eta = job.progress.eta_seconds if job.progress else None
-            return Outlook(cost, None if eta is None else Estimate(0.0, eta))
+            return Outlook(cost, Estimate(0.0, cost.alone_seconds if eta is None else eta))
         load = seen.load(job.priority, place=job.queue_position)
         return Outlook(cost, _estimate(cost, load, serving, job.params, job.priority))
 

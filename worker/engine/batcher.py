@@ -103,7 +103,7 @@ class Batcher:
 
     def due(self, call: Parked) -> float:
         """When the call's run ought to have ended, in seconds of the clock that its arrival was read from."""
-        work = call.run.remaining * call.rows * self._cost(call) if call.is_denoiser else 0.0
+        work = call.run.remaining * call.rows * self.row_seconds(call) if call.is_denoiser else 0.0
         return call.run.arrived + PATIENCE * work - PRIORITY_SECONDS * call.run.priority
 
     def spent(self, batch: Sequence[Parked], rows: int, seconds: float) -> None:
@@ -166,7 +166,7 @@ class Batcher:
                 return max(knee(known) * min(prod(shape), size) // size, 1)
         return UNMEASURED_ROWS
 
-    def _cost(self, call: Parked) -> float:
+    def row_seconds(self, call: Parked) -> float:
         """Seconds a row, in a full batch."""
         shape = (call.name, call.shape)
         if shape not in self._row_seconds:

@@ -40,6 +40,15 @@ class Failed:
     error: Exception
 
 
+@dataclass(slots=True)
+class Work:
+    """What the denoisers have done: seconds, those that it takes in full batches, and forwards that left nobody out."""
+
+    seconds: float = 0.0
+    ideal: float = 0.0
+    unfilled: int = 0
+
+
 class Silent:
     """The observer of those who do not look."""
 
@@ -64,7 +73,7 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.batcher = Batcher(bucket=bucket, max_batch=max_batch)
         self.encodings = Encodings()
-        self.seconds = 0.0  # of all forwards of denoisers
+        self.work = Work()
         self._observer = observer or Silent()
         self._clock = clock
         self._new: deque[Run] = deque()
@@ -249,7 +258,10 @@ class Engine:
         for call in batch if first.is_denoiser else ():
             call.run.seconds += seconds * call.rows / rows
             call.run.rows += call.rows
-        self.seconds += seconds if first.is_denoiser else 0.0
+        if first.is_denoiser:
+            self.work.seconds += seconds
+            self.work.ideal += rows * self.batcher.row_seconds(first)
+            self.work.unfilled += not self._parked
         self.batcher.spent(batch, rows + padding, seconds)
         self._observer.forward(first.name, rows, len(batch), seconds)
 
