@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.chaos.bucket import MODES
 from tests.chaos.nursery import nursery
 from tests.chaos.run import Plan, run
 
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--cancels", type=float, default=0.0, help="share of the jobs")
     parser.add_argument("--duration", type=float, default=300.0, help="seconds")
     parser.add_argument("--outage", type=float, default=10.0, help="seconds of an outage of the store")
+    parser.add_argument("--store-mode", choices=MODES, default="", help="what the store does then; by chance if unset")
     parser.add_argument("--lease", type=float, default=2.0, help="seconds")
     parser.add_argument("--step", type=float, default=0.05, help="seconds of a forward; a picture takes four")
     parser.add_argument("--redis", choices=("valkey", "redis"), default="valkey")

@@ -49,9 +49,9 @@ class Child:
 class Nursery:
     """`start("worker", environment, log)`; parts are worker, api and sender."""
 
-    def __init__(self, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, prefix: tuple[str, ...] = (), root: Path = ROOT) -> None:
         command = [*prefix, sys.executable, "-m", "tests.chaos.nursery"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True)
         self._exits: dict[int, int] = {}
         self._born: list[int] = []
         self._said = threading.Condition()
@@ -85,9 +85,9 @@ class Nursery:
 
 
 @contextmanager
-def nursery(*prefix: str) -> Iterator[Nursery]:
-    """A nursery, started by `prefix` (a command that takes a command, such as faketime) if given."""
-    built = Nursery(prefix)
+def nursery(*prefix: str, root: Path = ROOT) -> Iterator[Nursery]:
+    """A nursery of the tree in `root`, started by `prefix` (a command that takes a command, as faketime does)."""
+    built = Nursery(prefix, root)
     try:
         yield built
     finally:

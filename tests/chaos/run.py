@@ -38,6 +38,7 @@ class Plan:
     cancels: float = 0.0  # share of the jobs
     duration: float = 60.0  # seconds over which all this is spread
     outage: float = 5.0  # seconds
+    store_mode: str = ""  # what the store does meanwhile; unset: one of bucket.MODES by chance
     lease: float = 2.0  # seconds
     step: float = 0.05  # seconds of a forward; four make a picture
     settle: float = 240.0  # seconds everything may take to end after the last fault
@@ -182,7 +183,7 @@ class Run:
         self.history.note("redis", ready=self.redis_back[-1])
 
     def _store(self) -> None:
-        mode = self._rng.choice(MODES)
+        mode = self.plan.store_mode or self._rng.choice(MODES)
         self.built.store.fail(mode)
         self.history.note("store", mode=mode)
         self._later(self.plan.outage, lambda: self.built.store.fail("ok"))
