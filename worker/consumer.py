@@ -154,7 +154,7 @@ class Consumer(BaseWorker):
             failpoints.reach("after_step")
             self._settle(finished)
             self.pulse.moved()
-            self.pacer.busy(self.engine.work)
+            self.pacer.busy(self.engine.work, is_full=self.room.is_full)
 
     def _drain(self) -> None:
         if self.intake.is_open:

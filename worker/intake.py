@@ -48,6 +48,11 @@ class Room:
             return self._held.total()
 
     @property
+    def is_full(self) -> bool:
+        """Whether jobs may wait for room."""
+        return self.images >= self.common
+
+    @property
     def common(self) -> int:
         """Images that one tenant may have in hand while no other has any."""
         return self._size - self._reserve

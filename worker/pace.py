@@ -1,4 +1,4 @@
-"""Pacer: how fast this worker makes pictures of each model, told to those who estimate; and when a job will have ended."""
+"""Pacer: how fast this worker makes pictures of each model, for those who estimate; and when a job will have ended."""
 
 import time
 from collections import defaultdict
@@ -43,19 +43,21 @@ class Pacer:
         self._drag: float | None = None
         self._full_drag: float | None = None
         self._since: tuple[float, Work] | None = None  # when work without a pause began, and what was done then
+        self._was_full = False
 
-    def busy(self, done: Work) -> None:
-        """The loop has made a step, and there may be more to do."""
+    def busy(self, done: Work, *, is_full: bool) -> None:
+        """The loop has made a step, and there may be more to do; `is_full`: jobs may wait because there is no room."""
         now = self._clock()
         if self._since is None:
-            self._since = (now, replace(done))
+            self._since, self._was_full = (now, replace(done)), False
         began, before = self._since
+        self._was_full = self._was_full or is_full
         if now - began < WATCHED_SECONDS or done.ideal == before.ideal:
             return
         self._drag = _moved(self._drag, (now - began) / (done.seconds - before.seconds))
-        if done.unfilled == before.unfilled:
+        if self._was_full:
             self._full_drag = _moved(self._full_drag, (now - began) / (done.ideal - before.ideal))
-        self._since = (now, replace(done))
+        self._since, self._was_full = (now, replace(done)), False
 
     def idle(self) -> None:
         """There is nothing to do."""
@@ -153,7 +155,7 @@ def _moved(known: float | None, seen: float) -> float:
 
 
 def _rows(known: _Known, place: Place) -> tuple[int, int]:
-    """Rows a step with guidance and without: as they were in pictures that were made, else as the first call had them."""
+    """Rows a step with guidance and without: as in pictures that were made, else as the first call had them."""
     defaults = place.spec.defaults
     if defaults.guidance_scale > 1:
         guided, plain = known.rows, max(known.rows // 2, 1)

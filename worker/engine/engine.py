@@ -42,11 +42,10 @@ class Failed:
 
 @dataclass(slots=True)
 class Work:
-    """What the denoisers have done: seconds, those that it takes in full batches, and forwards that left nobody out."""
+    """What the denoisers have done: seconds, and those that it takes in full batches."""
 
     seconds: float = 0.0
     ideal: float = 0.0
-    unfilled: int = 0
 
 
 class Silent:
@@ -261,7 +260,6 @@ class Engine:
         if first.is_denoiser:
             self.work.seconds += seconds
             self.work.ideal += rows * self.batcher.row_seconds(first)
-            self.work.unfilled += not self._parked
         self.batcher.spent(batch, rows + padding, seconds)
         self._observer.forward(first.name, rows, len(batch), seconds)
 
