@@ -205,7 +205,7 @@ def body(delivery: Delivery, about: Mapping[str, Any] | None) -> bytes:
     happened = datetime.fromtimestamp(delivery.created_at, UTC).isoformat().replace("+00:00", "Z")
     data: dict[str, Any] = {"object": "webhook_endpoint", "id": delivery.endpoint} if about is None else dict(about)
     envelope = {"type": delivery.type, "timestamp": happened, "data": data}
-    if len(text := _json(envelope)) <= MAX_BODY or delivery.job is None:
+    if len(text := _json(envelope)) <= MAX_BODY or about is None or "params" not in about:
         return text
     params = data["params"] = dict(data["params"])
     left_out: list[str] = []
