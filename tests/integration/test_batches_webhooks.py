@@ -72,7 +72,7 @@ def test_a_deleted_batch_tells_nobody(shop, hook, sender, redis, wait_until):  #
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 100])
 def test_the_delivery_log_is_read_page_by_page_each_once(shop, hook, redis, limit):  # noqa: F811
-    for number in range(20):
+    for _ in range(20):
         shop.cancel(webhook={"url": hook.url()})
     names = redis.zrange(f"{keys.DELIVERIES}shop", 0, -1)
     for name in names[5:9]:  # four of one millisecond
