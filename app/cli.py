@@ -1,5 +1,6 @@
 """`safelight ...`: one command for the whole service, one for each process, and the API keys."""
 
+import json
 import os
 import sys
 import time
@@ -7,17 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import click
 from redis import Redis
 from redis.exceptions import RedisError
 
 from app.core import api_keys, logs
-from app.core.api_keys import ApiKey, Scope
+from app.core.api_keys import ApiKey, Scope, check_tenant
 from app.core.connections import connect
 from app.core.errors import ConfigError, QueueUnavailable, SafelightError
+from app.core.limits import set_limits
 from app.core.settings import Settings, load_settings
 from app.embedded_redis import find
+from app.models_cli import models
 from app.supervisor import CONFIG_EXIT
 from app.supervisor import up as supervise
 
@@ -105,6 +109,54 @@ def revoke(key_id: str) -> None:
     with _redis(load_settings()) as redis:
         key = api_keys.revoke(redis, key_id)
     click.echo(f"key {key.id} ({key.name}) is revoked")
+
+
+commands.add_command(models)
+
+
+@commands.group()
+def limits() -> None:
+    """Set and show what a tenant may hand in and have made; without its own the SAFELIGHT_TENANT_* settings hold."""
+
+
+class _Limit(click.ParamType):
+    name = "NUMBER|default"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "default":
+            return "default"
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= 1e9:
+            self.fail(f"{value!r} is neither a number from 0 on nor the word default", param, ctx)
+        return number
+
+
+@limits.command("set")
+@click.argument("tenant")
+@click.option("--rate", type=_Limit(), help="Denoiser-seconds it may hand in, a second.")
+@click.option("--burst", type=_Limit(), help="Denoiser-seconds at once; 0: a minute of the rate.")
+@click.option("--max-running", type=_Limit(), help="Jobs in the making.")
+@click.option("--max-waiting", type=_Limit(), help="Jobs that wait.")
+@click.option("--max-streams", type=_Limit(), help="Event streams at each process of the API.")
+@click.option("--weight", type=click.FloatRange(0.01, 1000), help="Of its share where several tenants' jobs wait.")
+def set_(tenant: str, **given: float | str | None) -> None:
+    """Give TENANT limits of its own, at once; `default` takes one back, 0 is no limit."""
+    check_tenant(tenant)
+    changes = {name: None if value == "default" else float(value) for name, value in given.items() if value is not None}
+    with _redis(load_settings()) as redis:
+        click.echo(json.dumps(set_limits(redis, tenant, changes)))
+
+
+@limits.command()
+@click.argument("tenant")
+def show(tenant: str) -> None:
+    """Show the limits that are TENANT's own, as JSON."""
+    check_tenant(tenant)
+    with _redis(load_settings()) as redis:
+        click.echo(json.dumps(set_limits(redis, tenant, {})))
 
 
 @contextmanager

@@ -199,7 +199,9 @@ class ModelView(BaseModel):
     owned_by: str
     title: str
     default: bool = Field(description="Whether requests that name no model get this one.")
+    aliases: list[str] = Field([], description="Other names that it answers to.")
     served: bool = Field(description="Whether a live worker serves it; jobs are accepted anyway and wait.")
+    warm: bool = Field(description="Whether a live worker has it in memory; otherwise it is loaded when a job comes.")
     limits: Limits
     defaults: Defaults
     schedulers: list[str]
@@ -216,7 +218,8 @@ class WorkerView(BaseModel):
 
     id: str
     object: Literal["worker"] = "worker"
-    models: list[str]
+    models: list[str] = Field(description="That it serves.")
+    warm: list[str] = Field(description="Of these in memory, or being loaded.")
     device: str
     version: str
     runs: int = Field(description="Images in the making.")

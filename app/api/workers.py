@@ -25,6 +25,7 @@ def _view(process: Process) -> WorkerView:
     return WorkerView(
         id=process.name,
         models=list(process.models),
+        warm=list(process.warm),
         device=process.device,
         version=process.version,
         runs=process.runs,

@@ -33,7 +33,7 @@ LIBRARIES: Final = frozenset({"diffusers", "transformers"})
 PIPELINE_MODULES: Final = frozenset(
     {
         *("audioldm2", "deepfloyd_if", "flux", "kandinsky", "kolors", "latent_diffusion", "ltx", "ltx2", "shap_e"),
-        *("paint_by_example", "stable_audio", "stable_cascade", "stable_diffusion", "unclip", "wuerstchen"),
+        *("stable_audio", "stable_cascade", "stable_diffusion"),
     }
 )
 NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
