@@ -1,17 +1,18 @@
-"""Two versions of Safelight side by side on one Redis, as in a rollout: processes of an earlier commit, and ours."""
+"""Two versions of Safelight side by side on one Redis, as in a rollout: processes of an earlier commit, and ours.
+
+The API goes first: the earlier one could not read what this version's workers say of themselves.
+"""
 
 import os
 import signal
 import subprocess
 import time
 
-import httpx2
 import pytest
 
 from tests.chaos.checker import History, check
 from tests.chaos.nursery import ROOT, nursery
 from tests.chaos.service import service
-from tests.servers import free_port
 
 # Before the deaths of jobs were compared, tenants had shares, and workers kept pictures on disk.
 BEFORE = os.environ.get("CHAOS_BEFORE", "7c15545c")
@@ -31,30 +32,26 @@ def before(tmp_path_factory):
         yield built
 
 
-def submit(url, hook, seed):
-    """Submit as a careful caller does, to one of the two APIs."""
-    body = {"prompt": "a lamp", "seed": seed, "num_inference_steps": 30, "webhook": {"url": hook.url()}}
-    reply = httpx2.post(
-        f"{url}/v1/jobs", json=body, timeout=10, trust_env=False, headers={"Idempotency-Key": str(seed)}
-    )
-    assert reply.status_code == 202, reply.text
-    return reply.json()["id"]
+def submit(built, seed):
+    return built.submit(key=str(seed), seed=seed, num_inference_steps=30)
 
 
 def test_two_versions_under_rolling_restarts_lose_nothing_and_use_no_try_up(forks, before, tmp_path):
     about = {"SAFELIGHT_LEASE_SECONDS": "5", "SAFELIGHT_GRACE_SECONDS": "0.1"}
     with service(tmp_path, forks, on_disk=True, **about) as built:
-        port = free_port()
-        urls = [built.url, f"http://127.0.0.1:{port}"]
-        for part in ("api", "sender", "worker"):
-            built.start(part)
-            built.start(part, forks=before, SAFELIGHT_PORT=str(port))
+        first = built.start("api", forks=before)
+        built.start("worker", forks=before)
         built.wait_until(built.is_ready, 60)
-        job_ids = []
+        job_ids = [submit(built, i) for i in range(20)]  # some of them wait, and some run, when the others come
+        built.retire(first)
+        first.child.wait()
+        for part, version in (("api", None), ("worker", None), ("sender", before), ("sender", None)):
+            built.start(part, forks=version)
+        built.wait_until(built.is_ready, 60)
         for number in range(RESTARTS):
             slot = built.workers[number % 2]
             built.wait_until(lambda slot=slot: built.log(slot).read_text().count("worker.ready") == slot.starts, 60)
-            job_ids += [submit(urls[i % 2], built.hook, len(job_ids) + i) for i in range(6)]
+            job_ids += [submit(built, len(job_ids) + i) for i in range(6)]
             time.sleep(0.2)
             child = slot.child
             child.send_signal(signal.SIGTERM)
