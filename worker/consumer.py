@@ -76,6 +76,7 @@ class Consumer(BaseWorker):
         self.held: dict[str, HeldJob] = {}
         self._grace_seconds = grace_seconds
         self._made: SimpleQueue[HeldJob] = SimpleQueue()
+        self._refused: SimpleQueue[tuple[HeldJob, SafelightError]] = SimpleQueue()
         self._ended: SimpleQueue[tuple[HeldJob, JobStatus | None]] = SimpleQueue()
         self._stop_at: float | None = None  # monotonic: when the grace period ends
         self._is_final = False
@@ -105,6 +106,11 @@ class Consumer(BaseWorker):
     def make_room(self, held: HeldJob) -> None:
         """Called by the finisher's threads: all of a job's pictures are made, and others may take its place."""
         self._made.put(held)
+        self.bell.set()
+
+    def refuse(self, held: HeldJob, error: SafelightError) -> None:
+        """Called by the finisher's threads: a picture of the job must not be seen."""
+        self._refused.put((held, error))
         self.bell.set()
 
     def end(self, held: HeldJob, status: JobStatus | None) -> None:
@@ -219,6 +225,7 @@ class Consumer(BaseWorker):
         worded = params.model_copy(update={"prompt": model.spec.worded(params.prompt)})
         try:
             failpoints.reach("before_start", held.id)
+            held.checker = model.checker
             held.runs = runs_for(model, worded, held.id, held.source)
         except SafelightError as error:
             self._fail(held, error)
@@ -240,6 +247,8 @@ class Consumer(BaseWorker):
                 self._drop(held, "canceled")
         for held in _drained(self.heart.lost):
             self._drop(held, "lost")
+        for held, refusal in _drained(self._refused):
+            self._fail(held, refusal)
         for held, error in _drained(self.sources.ready):
             self._go_on(held, error)
         for held in _drained(self._made):

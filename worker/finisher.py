@@ -10,12 +10,13 @@ import structlog
 from redis.exceptions import RedisError
 
 from app.core import failpoints
-from app.core.errors import SafelightError, StorageUnavailable
+from app.core.errors import ContentRefused, SafelightError, StorageUnavailable
 from app.core.job import JobFailure, JobStatus, Output, Role
 from app.core.storage import Storage, digest, object_key
 from worker.encode import EXTENSIONS, Picture, encode, grid
 from worker.held import HeldJob
 from worker.leases import Leases
+from worker.safety import judged
 from worker.spool import Kept, Spool
 
 log = structlog.get_logger()
@@ -33,12 +34,15 @@ class Finisher:
         storage: Storage,
         spool: Spool,
         leases: Leases,
+        *,
         on_made: Callable[[HeldJob], None],
+        on_refused: Callable[[HeldJob, SafelightError], None],
         on_end: Callable[[HeldJob, JobStatus | None], None],
     ) -> None:
         self._storage = storage
         self._spool = spool  # what is bytes and not in the store yet
         self._on_made = on_made  # all pictures of the job are bytes
+        self._on_refused = on_refused  # one of them must not be seen
         self._leases = leases
         self._on_end = on_end  # the job is out of our hands: its status, or None where it was no longer ours
         self._gave_up = threading.Event()
@@ -89,15 +93,20 @@ class Finisher:
             self._on_end(held, None)
 
     def _finish(self, held: HeldJob, index: int, image: Picture) -> None:
-        self._encode(held, index, image)
-        if held.job.params.grid and (pictures := held.gather(index, image)):
-            self._encode(held, len(pictures), grid(pictures), role="grid")
+        try:
+            shown = self._encode(held, index, image)
+            if held.job.params.grid and (pictures := held.gather(index, shown)):
+                self._encode(held, len(pictures), grid(pictures), role="grid")
+        except ContentRefused as error:
+            self._on_refused(held, error)
 
-    def _encode(self, held: HeldJob, index: int, image: Picture, *, role: Role = "image") -> None:
+    def _encode(self, held: HeldJob, index: int, image: Picture, *, role: Role = "image") -> Picture:
+        """The picture as it is stored: the safety checker may have it blurred. Raises ContentRefused."""
         if held.is_dropped:
-            return
+            return image
         start = time.monotonic()
         params = held.job.params
+        image, safety = judged(held.checker, image)
         seed = params.seed_of(index if role == "image" else 0)
         body = encode(image, params, seed)
         output = Output(
@@ -109,6 +118,7 @@ class Finisher:
             content_type=f"image/{params.output_format}",
             bytes=len(body),
             sha256=digest(body),
+            safety=safety,
         )
         kept = self._spool.keep(body)
         with held.lock:
@@ -117,6 +127,7 @@ class Finisher:
         self._stores.submit(self._guarded, self._store, held, index, output, kept, start)
         if is_last:
             self._on_made(held)
+        return image
 
     def _store(self, held: HeldJob, index: int, output: Output, kept: Kept, start: float) -> None:
         """`start`: when the image came, in monotonic seconds."""

@@ -11,6 +11,7 @@ from worker.engine.run import Run
 from worker.engine.target import Phase
 from worker.leases import Beat, Claim
 from worker.pipelines.pictures import Picture, Source
+from worker.safety import Checker
 
 LOADING, STORING = "loading", "storing"
 BEGUN, ENDED, MADE = "begun", "ended", "made"  # in a walk, besides "phase:step"
@@ -27,6 +28,7 @@ class HeldJob:
     source: Source | None = None  # what it starts from; None while that is read
     pictures: dict[int, Picture] = field(default_factory=dict)  # of a grid, until the last is there
     is_started: bool = False  # its model is warm, and its runs are made
+    checker: Checker | None = None  # its model's, that looks at each picture
     made: int = 0  # images that are bytes
     has_room: bool = True  # it takes up room in the engine
     marked: str = ""  # the walk that Redis knows

@@ -218,7 +218,14 @@ def work(
         eta=lambda held: pacer.eta(held, list(consumer.held.values())),
     )
     intake = Intake(leases(), connect(url), Turns(connect(url), name, keeper), room, queues=queues, bell=consumer.bell)
-    finisher = Finisher(storage, spool, leases(), consumer.make_room, consumer.end)
+    finisher = Finisher(
+        storage,
+        spool,
+        leases(),
+        on_made=consumer.make_room,
+        on_refused=consumer.refuse,
+        on_end=consumer.end,
+    )
     reaper = Reaper(
         leases(),
         connect(url),

@@ -23,6 +23,7 @@ OptionalParam = Literal["negative_prompt", "guidance_scale", "prompt_weighting"]
 Ability = Literal["text_to_image", "image_to_image", "inpainting", "tiling", "upscaling"]
 
 
+Policy = Literal["flag", "blur", "refuse"]  # of pictures that a safety checker flags
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 STEPS_OF_QUALITY: Final[Mapping[Quality, float]] = {"low": 0.5, "medium": 1, "high": 1.5, "xhigh": 2, "max": 3}
 
@@ -85,7 +86,7 @@ class SafetySpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Path
-    policy: Literal["flag", "blur", "refuse"] = "flag"
+    policy: Policy = "flag"
     labels: tuple[str, ...] = ()
     threshold: float = Field(0.5, gt=0, le=1)
 
@@ -158,6 +159,11 @@ class ModelSpec(BaseModel):
         """What the pipeline is given for a caller's prompt."""
         return self.prompt_template.replace("{prompt}", prompt)
 
+
+    @property
+    def hides(self) -> bool:
+        """Whether pictures may be withheld or blurred for what is on them."""
+        return self.safety is not None and self.safety.policy != "flag"
 
     def steps_of(self, quality: Quality) -> int:
         """The steps that a quality of OpenAI's Images API stands for: the model's own, else a share of its default."""

@@ -34,6 +34,14 @@ class JobStatus(StrEnum):
 Role = Literal["image", "grid"]
 
 
+class Safety(BaseModel):
+    """What the model's safety checker said of a picture, and whether it was blurred for it."""
+
+    flagged: bool
+    scores: dict[str, float] = Field(description="By the checker's own labels.")
+    blurred: bool = False
+
+
 class Output(BaseModel):
     """A stored picture: where it lies and what it is. A URL is made when somebody asks."""
 
@@ -46,6 +54,7 @@ class Output(BaseModel):
     content_type: str
     bytes: int
     sha256: str
+    safety: Safety | None = None  # of models with a checker
 
 
 class Progress(BaseModel):
@@ -209,6 +218,7 @@ class OutputView(BaseModel):
     content_type: str
     bytes: int
     sha256: str
+    safety: Safety | None = Field(None, description="Of models with a safety checker.")
 
 
 class Links(BaseModel):

@@ -2,8 +2,12 @@
 
 import base64
 import io
+import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -121,7 +125,9 @@ def test_other_errors_have_openais_shape_too(client, running):
         client.images.generate(prompt=PROMPT, model="dall-e-3")
     assert caught.value.code == "model_not_found"
     for body in (b"{", b"[]", b'{"model": "emoji"}'):
-        reply = running.client.post("/v1/images/generations", content=body, headers={"Content-Type": "application/json"})
+        reply = running.client.post(
+            "/v1/images/generations", content=body, headers={"Content-Type": "application/json"}
+        )
         assert reply.status_code == 400
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -196,3 +202,120 @@ def test_a_stream_that_is_closed_cancels_its_job(client, running):
     stream.close()
     running.wait_until(lambda: not running_jobs(running), 5)
     assert running.client.get("/v1/jobs?limit=1").json()["data"][0]["status"] == "canceled"
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A picture with a pattern, and a mask in OpenAI's way: transparent where to paint, which is its right half."""
+    y, x = np.mgrid[:64, :64]
+    picture = np.stack([x * 4, y * 4, (x + y) % 16 * 8], -1).astype(np.uint8)
+    mask = np.full((64, 64, 4), 255, np.uint8)
+    mask[:, 32:, 3] = 0
+    return picture, png(picture), png(mask)
+
+
+def test_an_edit_paints_where_the_mask_is_transparent_and_nowhere_else(client, source):
+    picture, image, mask = source
+    made = client.images.edit(image=("a.png", image), mask=("m.png", mask), prompt=PROMPT, extra_body={"seed": 5})
+    found = pixels(made.data[0])
+    difference = np.abs(found - picture)
+    assert difference[:, :31].max() <= 2
+    assert difference[:, 34:].mean() > 20
+    assert made.size == "64x64"
+
+
+def test_an_edit_without_a_mask_keeps_more_the_more_fidelity_is_asked_for(client, source):
+    picture, image, _ = source
+    distances = {}
+    for fidelity in ("low", "high"):
+        asked = {"image": [("a.png", image)], "prompt": PROMPT, "quality": "medium", "input_fidelity": fidelity}
+        made = client.images.edit(**asked, n=2, output_format="jpeg", user="me", extra_body={"seed": 5})
+        assert [opened(image).format for image in made.data] == ["JPEG"] * 2
+        distances[fidelity] = np.mean([np.abs(pixels(image) - picture).mean() for image in made.data])
+    assert distances["high"] < distances["low"]
+
+
+def test_an_edit_streams_too(client, source):
+    stream = client.images.edit(
+        image=("a.png", source[1]),
+        prompt=PROMPT,
+        stream=True,
+        partial_images=1,
+        extra_body={"num_inference_steps": 250},
+    )
+    assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_variations_are_like_the_picture_and_unlike_each_other(client, source, running):
+    _, image, _ = source
+    reply = client.images.with_raw_response.create_variation(image=image, n=2, size="64x64", response_format="b64_json")
+    one, two = (pixels(image) for image in reply.parse().data)
+    assert np.abs(one - two).mean() > 1
+    params = running.job(reply.headers["safelight-job"])["params"]
+    assert (params["variation"], params["prompt"]) == ("strong", "")
+    assert params["image"].startswith("upload_")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        ({"image": b"no picture"}, "image", "invalid_image_file"),
+        ({"mask": b"\x89PNG\r\n\x1a\n"}, "mask", "invalid_image_file"),
+        ({"input_fidelity": "most"}, "input_fidelity", "invalid_value"),
+        ({"extra_body": {"svg": {"model": "x"}}}, "svg", "unsupported_parameter"),
+        ({"n": 0}, "n", "invalid_value"),
+    ],
+)
+def test_edits_that_cannot_be_honoured_name_the_parameter(client, source, asked, param, code):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(**{"image": source[1], "prompt": PROMPT} | asked)
+    assert (caught.value.param, caught.value.code) == (param, code), caught.value.message
+
+
+def test_only_one_image_of_the_masks_size_is_taken(client, source):
+    with pytest.raises(openai.BadRequestError, match="only one image"):
+        client.images.edit(image=[source[1], source[1]], prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(image=source[1], mask=png(np.zeros((32, 32, 4), np.uint8)), prompt=PROMPT)
+    assert caught.value.param == "mask"
+
+
+def test_a_body_that_is_too_large_or_no_form_is_refused_in_openais_shape(client, running):
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.edit(image=b"\0" * (44 * 2**20), prompt=PROMPT)
+    assert (caught.value.status_code, caught.value.code) == (413, "too_large")
+    reply = running.client.post("/v1/images/edits", json={"prompt": PROMPT})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "unsupported_content_type")
+
+
+def test_a_prompt_that_the_model_cannot_read_to_its_end_is_a_bad_request(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a red heart and " * 20)
+    assert (caught.value.param, caught.value.code) == ("prompt", "prompt_too_long")
+
+
+def test_openais_package_for_javascript_does_the_same(running, source, tmp_path):
+    (tmp_path / "source.png").write_bytes(source[1])
+    (tmp_path / "mask.png").write_bytes(source[2])
+    node = str(Path(sys.executable).with_name("node"))
+    script = Path(__file__).parents[1] / "node" / "images.mjs"
+    command = [node, str(script), f"{running.url}/v1", str(tmp_path / "source.png"), str(tmp_path / "mask.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert told.returncode == 0, told.stderr
+    calls = json.loads(told.stdout)
+    print(calls)
+    assert "emoji" in calls.pop("models.list")
+    assert calls == {
+        "models.retrieve": "emoji",
+        "images.generate": [True, True],
+        "images.generate stream": ["image_generation.partial_image", "image_generation.completed"],
+        "images.edit": [True],
+        "images.createVariation": 200,
+        "images.generate refused": ["BadRequestError", 400, "size"],
+    }

@@ -22,6 +22,7 @@ from worker.pipelines.arguments import unused
 from worker.pipelines.previews import Previewer
 from worker.pipelines.prompts import can_weigh
 from worker.pipelines.variants import Variants
+from worker.safety import Checker, open_checker
 
 log = structlog.get_logger()
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
@@ -49,6 +50,7 @@ class WarmModel:
     dtype: torch.dtype
     variants: Variants  # the pipelines of its tasks, of the same modules
     previewer: Previewer | None = None
+    checker: Checker | None = None
 
 
 def load(spec: ModelSpec, device: str = "auto", dtype: str = "auto") -> WarmModel:
@@ -148,7 +150,10 @@ def warm(
     adapters = _adapters(spec, pipe)
     spec = spec.model_copy(update={"loras": {name: spec.loras[name] for name in adapters}})
     modules = _adapted(targets(pipe, controlnets), adapters)
-    return WarmModel(spec, pipe, modules, device, dtype, variants, previews.fit(pipe, side))
+    # What a policy hides shall not be seen while it is made.
+    previewer = None if spec.hides else previews.fit(pipe, side)
+    checker = open_checker(spec.safety) if spec.safety else None
+    return WarmModel(spec, pipe, modules, device, dtype, variants, previewer, checker)
 
 
 def _adapters(spec: ModelSpec, pipe: Any) -> dict[str, dict[str, Layers]]:

@@ -120,8 +120,9 @@ def invalid(found: Mapping[str, Any]) -> Refused:
     """What pydantic says of a field, as OpenAI would say it."""
     parts = [str(part)[:64] for part in found["loc"] if part != "body"]
     name = ".".join(parts[:8]) or None
-    if name in UNSUPPORTED:
-        return Refused(f"{name} is not supported: {UNSUPPORTED[name]}", param=name, code="unsupported_parameter")
+    known = (name or "").partition("[")[0]  # svg[model] in a form
+    if known in UNSUPPORTED:
+        return Refused(f"{known} is not supported: {UNSUPPORTED[known]}", param=known, code="unsupported_parameter")
     match found["type"]:
         case "missing" if name:
             return Refused(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")

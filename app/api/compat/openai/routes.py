@@ -6,16 +6,18 @@ from typing import Any, Final
 from fastapi import APIRouter, Request, Response
 
 from app.api.auth import Caller, Identity, needs
+from app.api.compat.openai import forms
 from app.api.compat.openai.errors import DialectRoute, ErrorReply
 from app.api.compat.openai.mapping import to_reply, to_request
-from app.api.compat.openai.schemas import Asked, Described, ImageGeneration, ImagesResponse
+from app.api.compat.openai.schemas import Asked, Described, ImageEdit, ImageGeneration, ImagesResponse, ImageVariation
 from app.api.compat.openai.stream import Kind, events
 from app.api.compat.openai.waiting import HungUp, ended, images, minding
 from app.api.deps import Deps, Services
 from app.api.events import EventStream
-from app.api.jobs import IdempotencyKey, enqueue
+from app.api.jobs import IdempotencyKey, hand_in
 from app.core.api_keys import Scope
 from app.core.errors import Unavailable
+from app.core.limits import headers_of
 
 CLOSED: Final = 499  # nginx's word for a caller who hung up; nobody gets to see it but the log
 JOB_HEADER: Final = "Safelight-Job"
@@ -55,6 +57,36 @@ async def create_image(
     return await _answer(deps, request, caller, body, kind="image_generation", idempotency_key=idempotency_key)
 
 
+@router.post(
+    "/v1/images/edits",
+    response_model=ImagesResponse,
+    responses=_ERRORS | _STREAMED,
+    openapi_extra=forms.described(ImageEdit, ("image", "mask"), ("image", "prompt")),
+)
+@needs(Scope.SUBMIT)
+async def edit_image(request: Request, caller: Caller, deps: Deps, idempotency_key: IdempotencyKey = None) -> Response:
+    """Paint a picture anew, where its mask is transparent or all of it. OpenAI's `images.edit`; `stream` for events."""
+    asked, uploads = await forms.read(request, caller, deps, ImageEdit, ("image", "mask"))
+    return await _answer(
+        deps, request, caller, asked, kind="image_edit", idempotency_key=idempotency_key, uploads=uploads
+    )
+
+
+@router.post(
+    "/v1/images/variations",
+    response_model=ImagesResponse,
+    responses=_ERRORS | _STREAMED,
+    openapi_extra=forms.described(ImageVariation, ("image",), ("image",)),
+)
+@needs(Scope.SUBMIT)
+async def vary_image(request: Request, caller: Caller, deps: Deps, idempotency_key: IdempotencyKey = None) -> Response:
+    """Make pictures like another. OpenAI's `images.create_variation`."""
+    asked, uploads = await forms.read(request, caller, deps, ImageVariation, ("image",))
+    return await _answer(
+        deps, request, caller, asked, kind="image_edit", idempotency_key=idempotency_key, uploads=uploads
+    )
+
+
 async def _answer(
     deps: Services,
     request: Request,
@@ -70,8 +102,8 @@ async def _answer(
     if spec.name not in await deps.served():
         raise Unavailable(f"no live worker serves model {spec.name!r}; try again later", retry_after=5)
     wanted = to_request(asked, spec, uploads)
-    job, _ = await enqueue(wanted, caller, deps, request.state.request_id, idempotency_key)
-    headers, is_kept = {JOB_HEADER: job.id}, idempotency_key is not None
+    job, _, bucket = await hand_in(wanted, caller, deps, request.state.request_id, idempotency_key)
+    headers, is_kept = headers_of(bucket) | {JOB_HEADER: job.id}, idempotency_key is not None
     if isinstance(asked, Described) and asked.stream:
         made = events(deps, request, job, asked, kind, is_kept=is_kept)
         return EventStream(made, headers=headers | UNBUFFERED)

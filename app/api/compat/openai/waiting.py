@@ -80,7 +80,7 @@ async def images(deps: Services, job: Job, asked: Asked) -> list[Image]:
 
 def pictures(job: Job) -> list[Output]:
     """The job's images, without what else was made of them."""
-    return [output for output in job.outputs if output.type == "image" and getattr(output, "role", None) is None]
+    return [output for output in job.outputs if output.type == "image" and output.role == "image"]
 
 
 async def base64_of(deps: Services, output: Output) -> str:
