@@ -5,13 +5,19 @@ HOST ?= 127.0.0.1
 DATA ?= ./var
 BIN := .venv/bin
 
-.PHONY: run test chaos check format servers clean
+.PHONY: run test bench chaos check format servers clean
 
 run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
 test: check servers tests/node/node_modules
 	$(BIN)/pytest -q
+
+# The benchmarks, twenty-five minutes, into benchmarks/results/ and docs/benchmarks.md: make bench BENCH="mixed alone"
+# for some of them, BENCH=--help for their names.
+BENCH ?=
+bench: .venv/dev.stamp
+	$(BIN)/python -W ignore -m benchmarks $(BENCH)
 
 # The full run of faults, five minutes and more: make chaos CHAOS="--seed 7 --jobs 1000", --help for all of them.
 CHAOS ?=
@@ -53,7 +59,7 @@ tests/node/node_modules: tests/node/package.json tests/node/package-lock.json | 
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[api,worker,train,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[api,worker,train,bench,dev]"
 	@touch $@
 
 -include deploy/images.mk

@@ -16,10 +16,13 @@ import torch
 
 from app.core.catalog import Defaults, ModelSpec
 from app.core.params import GenerationParams
+from benchmarks.results import FOLDER, Result
 from worker.engine.engine import Engine
 from worker.pipelines.load import WarmModel, load
 from worker.pipelines.tasks import runs_for, warm_up
 from worker.pipelines.tiny_model import write_tiny
+
+MOST = 1.05
 
 
 def spec_of(folder: Path, steps: int, side: int) -> ModelSpec:
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, default=FOLDER)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,10 +85,19 @@ def main() -> None:
             one()
         ratios.append(ours[-1] / plain[-1])
     engine.close()
-    print(f"{type(model.pipe).__name__} on {model.device}, {asked.steps} steps at {asked.side} pixels, torch threads 1")
-    print(f"plain diffusers   {median(plain) * 1e3:8.1f} ms")
-    print(f"alone in engine   {median(ours) * 1e3:8.1f} ms")
-    print(f"ratio             {median(ratios):8.3f}   (median of {asked.pairs} interleaved pairs; at most 1.05)")
+    name = type(model.pipe).__name__
+    result = Result(
+        "engine_alone",
+        f"One request alone, {name} on {model.device}, {asked.steps} steps at {asked.side} pixels, in process",
+        0,
+        ["", "median, ms"],
+    )
+    result.row("plain diffusers", f"{median(plain) * 1e3:.1f}")
+    result.row("alone in the engine", f"{median(ours) * 1e3:.1f}")
+    ratio = median(ratios)
+    result.check(f"{ratio:.3f}x plain diffusers (median of {asked.pairs} pairs), at most {MOST}", holds=ratio <= MOST)
+    result.figures = {"plain": plain, "ours": ours}
+    result.save(asked.results)
 
 
 if __name__ == "__main__":
