@@ -107,6 +107,7 @@ class Keeper:
         device: torch.device,
         memory: Memory,
         size: Callable[[ModelSpec], int] = lambda _: 0,
+        measure: Callable[[WarmModel], int] | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -118,6 +119,7 @@ class Keeper:
         self.device = device
         self.memory = memory
         self._size = size
+        self._measure = measure or size_of
         self._observer = observer
         self._clock = clock
         self._curves: dict[str, dict[Shape, Curve]] = {}
@@ -197,7 +199,7 @@ class Keeper:
             is_first = not any(p.state is State.WARM for p in self.places.values())
             if place.state is State.UNFIT or not (place.spec.pinned or is_first or place.bytes <= self._free()):
                 continue
-            self._submit(place, [], CALIBRATED_ROWS)
+            self._submit(place, [], rows=None)
             found = self._loads.get()
             self._take(found)
             first_error = first_error or found.error
@@ -270,11 +272,12 @@ class Keeper:
 
     def _submit(self, place: Place, victims: list[Place], rows: int | None) -> None:
         """Load `place` in the thread, which first lets the victims go; `rows` are measured at most (None: all)."""
+        place.state, place.is_wanted, self._is_loading = State.LOADING, True, True  # first: it is parked no more
         leaving = [self._evict(victim) for victim in victims]
-        place.state, place.is_wanted, self._is_loading = State.LOADING, True, True
         log.info("model.loading", model=place.name, bytes=place.bytes, evicted=[p.name for p in victims])
         known = self._curves.get(place.name, {})
-        self._loader.submit(self._work, place, leaving, known, rows or CALIBRATED_ROWS)
+        most = self._engine.batcher.max_batch or CALIBRATED_ROWS
+        self._loader.submit(self._work, place, leaving, known, rows or most)
 
     def _evict(self, place: Place) -> WarmModel | None:
         """Take a model away from the engine; its weights move in the loading thread. None: nothing of it is kept."""
@@ -339,7 +342,7 @@ class Keeper:
             return self._failed(place, loaded)
         assert loaded.model, "a load gives a model or an error"
         place.model, place.state, place.is_wanted = loaded.model, State.WARM, False
-        place.bytes, place.tries, place.seconds = max(size_of(loaded.model), 1), 0, loaded.seconds
+        place.bytes, place.tries, place.seconds = self._measure(loaded.model), 0, loaded.seconds
         place.since = place.used = self._clock()
         self._curves[place.name] = dict(loaded.curves)
         if self._observer:

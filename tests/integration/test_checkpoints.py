@@ -9,12 +9,15 @@ import torch
 
 from tests.adapters import write_adapter
 from tests.checkpoints import table, write, write_single
-from tests.house import house
+from tests.house import STARTING, house
 from tests.tiny import Family
 
 NAMES = {"sd15": "SD", "sdxl": "SDXL", "sd3": "SD3", "flux": "Flux"}
 SINGLE = {"sd15-file": "sd15", "sdxl-file": "sdxl"}
 MEMORY = 4_000_000  # bytes; all of them take 9 million
+
+
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +45,16 @@ def catalog(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(catalog, redis_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
-    settings = {"SAFELIGHT_MODELS": str(catalog), "SAFELIGHT_MODEL_MEMORY": str(MEMORY)}
+    settings = {
+        "SAFELIGHT_MODELS": str(catalog),
+        "SAFELIGHT_MODEL_MEMORY": str(MEMORY),
+        "SAFELIGHT_MAX_BATCH": "2",  # measures fewer sizes of a batch at the start
+    }
     url = redis_server.url.replace("/0", "/7")
     with house(folder, url, **settings) as built:
         built.start("api")
         built.start("worker")
-        built.wait_until(built.is_ready, 90)
+        built.wait_until(built.is_ready, 2 * STARTING)
         yield built
 
 
