@@ -119,7 +119,7 @@ def limits() -> None:
     """Set and show what a tenant may hand in and have made; without its own the SAFELIGHT_TENANT_* settings hold."""
 
 
-class _Limit(click.ParamType):
+class _Limit(click.ParamType[float | str]):
     name = "NUMBER|default"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:

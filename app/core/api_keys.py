@@ -68,6 +68,14 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def check_tenant(name: str) -> None:
+    """Raises InvalidRequest for what cannot be a tenant's name."""
+    if not re.fullmatch(TENANT_FORM, name, re.ASCII):
+        raise InvalidRequest(
+            "a tenant's name has 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with one of a-z, 0-9"
+        )
+
+
 def draw(
     name: str,
     tenant: str = DEFAULT_TENANT,
@@ -75,10 +83,7 @@ def draw(
     expires_at: float | None = None,
 ) -> tuple[ApiKey, str]:
     """A key that is kept nowhere yet, and its secret, `sl_<8 public>_<32 secret>`. Raises InvalidRequest."""
-    if not re.fullmatch(TENANT_FORM, tenant, re.ASCII):
-        raise InvalidRequest(
-            "a tenant's name has 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with one of a-z, 0-9"
-        )
+    check_tenant(tenant)
     if not 0 < len(name) <= MAX_NAME:
         raise InvalidRequest(f"a key's name has 1 to {MAX_NAME} characters")
     public, private = _draw(8), _draw(32)

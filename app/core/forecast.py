@@ -54,6 +54,10 @@ class Forecast:
         self._paces: dict[str, Pace] = {}  # by model, of late: a worker that is gone for a moment is not forgotten
         self._read_at = float("-inf")  # monotonic
 
+    def forget(self) -> None:
+        """Ask the workers again at once, and know nothing of those that are gone."""
+        self._read_at, self._paces = float("-inf"), {}
+
     async def of_request(self, tenant: str, params: GenerationParams, priority: Priority) -> Outlook:
         """What to expect of a request that is handed in now."""
         serving = await self._serving(params.model)
