@@ -1,5 +1,6 @@
 """Spool: finished pictures that wait for the object store, in memory up to a bound and in files beyond it."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from app.core.errors import ConfigError
 from app.core.metrics import WorkerMetrics
 
 log = structlog.get_logger()
@@ -41,14 +43,21 @@ class Spool:
     """
 
     def __init__(self, folder: Path, *, memory_bytes: int, disk_bytes: int, metrics: WorkerMetrics) -> None:
-        """`folder` may be shared with other workers; files of those that died are removed."""
+        """`folder` may be shared with other workers; files of those that died are removed. Raises ConfigError."""
         self._most = {"memory": memory_bytes, "disk": disk_bytes}
         self._used = {"memory": 0, "disk": 0}
         self._count = 0
         self._numbers = 0
         self._lock = threading.Lock()
         self._metrics = metrics
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ConfigError(
+                f"SAFELIGHT_DATA: cannot write {folder}: {error.strerror}; name a writable folder"
+            ) from error
         _sweep(folder)
         self._folder, self._held = _own(folder)  # locked until this process ends, however it does
 

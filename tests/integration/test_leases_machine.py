@@ -215,7 +215,7 @@ def test_whatever_happens_in_whatever_order_every_job_is_in_one_place_and_ends_o
     with TemporaryDirectory(dir=memory) as folder, redis_server(Path(folder)) as server:
         Jobs.server = server
         about = settings(
-            max_examples=30,
+            max_examples=20,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

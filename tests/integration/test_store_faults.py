@@ -9,7 +9,7 @@ from app.core import redis_keys as keys
 from app.core.errors import StorageUnavailable
 from app.core.retention import sweep
 from app.core.storage import object_key, open_storage
-from tests.chaos.bucket import MODES, bucket
+from tests.chaos.bucket import bucket
 from tests.chaos.checker import History, check
 from tests.chaos.service import service
 from tests.chaos.stub_worker import body_of
@@ -53,7 +53,7 @@ def storage(tmp_path, monkeypatch):
         yield served, open_storage(served.url, public_url="", secret=b"")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["error", "hang", "truncate"])
 def test_while_the_store_fails_pictures_wait_on_disk_in_bounded_number_and_no_job_succeeds_without_its_own(
     built, tmp_path, mode
 ):
@@ -94,8 +94,8 @@ def test_what_a_killed_worker_left_on_disk_goes_when_the_next_one_starts_and_its
     assert spooled(built) == []
 
 
-@pytest.mark.parametrize("mode", ["truncate", "forget", "corrupt"])
-def test_a_store_that_keeps_something_else_is_not_believed(storage, mode):
+@pytest.mark.parametrize("mode", ["truncate", "forget", "corrupt", "cut"])
+def test_a_store_that_keeps_something_else_or_nothing_is_not_believed(storage, mode):
     served, ours = storage
     served.fail(mode)
     with pytest.raises(StorageUnavailable):
