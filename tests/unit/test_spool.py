@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from app.core.errors import ConfigError
 from app.core.metrics import WorkerMetrics
 from worker.spool import LOCK, Spool
 
@@ -72,6 +73,12 @@ def test_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path, metrics):
     Spool(tmp_path, memory_bytes=0, disk_bytes=9, metrics=WorkerMetrics())
     assert {file.read_bytes() for file in files(tmp_path)} == {b"living"}
     assert kept.read() == b"living"
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path, metrics):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="SAFELIGHT_DATA: cannot write .*writable folder"):
+        Spool(tmp_path / "file" / "spool", memory_bytes=0, disk_bytes=0, metrics=metrics)
 
 
 def test_closed_it_leaves_nothing(spool, tmp_path):
