@@ -77,7 +77,7 @@ def test_files_of_the_living_stay_and_those_of_the_dead_go(tmp_path, metrics):
 
 def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path, metrics):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="SAFELIGHT_DATA: cannot write .*writable folder"):
+    with pytest.raises(ConfigError, match=r"SAFELIGHT_DATA: cannot write .*writable folder"):
         Spool(tmp_path / "file" / "spool", memory_bytes=0, disk_bytes=0, metrics=metrics)
 
 
