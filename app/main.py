@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from app.api import batches, events, files, jobs, keys, limits, models, ops, uploads, usage, webhooks, workers
 from app.api.auth import authenticate, check_exposure
 from app.api.compat.openai import routes as openai
+from app.api.compat.openai.errors import refusal
 from app.api.deps import PLACES, Services
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_to, install, responses
@@ -149,7 +150,7 @@ def _operation_id(route: APIRoute) -> str:
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: ApiMetrics) -> None:
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, shapes={"/v1/images/": lambda error: refusal(error).reply()})
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -3,12 +3,14 @@
 import asyncio
 import re
 import time
+from collections.abc import Callable, Mapping
 from typing import Final
 from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import problem
@@ -84,11 +86,13 @@ class RequestContext:
 class BodyLimit:
     """Refuses bodies over `MAX_BODY` (or what `LARGER` says of a path) and those that take longer than `BODY_SECONDS`.
 
-    FastAPI's own limit answers in plain text, outside all middleware; nothing else limits the time.
+    FastAPI's own limit answers in plain text, outside all middleware; nothing else limits the time. `shapes` are how a
+    dialect's paths are answered, by what they begin with.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, shapes: Mapping[str, Callable[[SafelightError], Response]]) -> None:
         self.app = app
+        self.shapes = shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,7 +100,7 @@ class BodyLimit:
             return
         most = LARGER.get(scope["path"], MAX_BODY)
         if _content_length(scope) > most:
-            reply = problem(TooLarge(f"a body has at most {most} bytes"), scope["state"]["request_id"])
+            reply = self._refusal(scope, TooLarge(f"a body has at most {most} bytes"))
             reply.headers["connection"] = "close"  # the rest of the body is not read
             await reply(scope, receive, send)
             return
@@ -120,6 +124,10 @@ class BodyLimit:
             return message
 
         await self.app(scope, receive_limited, send)
+
+    def _refusal(self, scope: Scope, error: SafelightError) -> Response:
+        shape = next((shape for start, shape in self.shapes.items() if scope["path"].startswith(start)), None)
+        return shape(error) if shape else problem(error, scope["state"]["request_id"])
 
 
 def _request_id(scope: Scope) -> str:

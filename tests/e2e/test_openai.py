@@ -154,7 +154,7 @@ def running_jobs(running):
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_hanging_up_cancels_the_job_unless_its_caller_may_come_back(client, running, is_kept):
     headers = {"Idempotency-Key": "again"} if is_kept else {}
-    asked = {"prompt": PROMPT, "n": 8, "extra_body": {"num_inference_steps": 150}, "extra_headers": headers}
+    asked = {"prompt": PROMPT, "n": 4, "extra_body": {"num_inference_steps": 100}, "extra_headers": headers}
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.5, max_retries=0).images.generate(**asked)
     [job] = running.client.get("/v1/jobs?limit=1").json()["data"]
@@ -163,7 +163,7 @@ def test_hanging_up_cancels_the_job_unless_its_caller_may_come_back(client, runn
         return
     reply = client.images.with_raw_response.generate(**asked)
     assert reply.headers["safelight-job"] == job["id"]
-    assert len(reply.parse().data) == 8
+    assert len(reply.parse().data) == 4
 
 
 def test_a_stream_without_partial_images_gives_each_picture(client):
@@ -176,7 +176,7 @@ def test_a_stream_without_partial_images_gives_each_picture(client):
 def test_a_stream_shows_three_partial_images_before_the_last(client):
     start = time.monotonic()
     stream = client.images.generate(
-        prompt=PROMPT, stream=True, partial_images=3, extra_body={"num_inference_steps": 250, "seed": 3}
+        prompt=PROMPT, stream=True, partial_images=3, extra_body={"num_inference_steps": 150, "seed": 3}
     )
     events = list(stream)
     print(f"{[e.type for e in events]} in {time.monotonic() - start:.1f} s")
@@ -254,7 +254,8 @@ def test_an_edit_streams_too(client, source):
 
 def test_variations_are_like_the_picture_and_unlike_each_other(client, source, running):
     _, image, _ = source
-    reply = client.images.with_raw_response.create_variation(image=image, n=2, size="64x64", response_format="b64_json")
+    with pytest.warns(DeprecationWarning, match="deprecated"):  # by OpenAI's package, of OpenAI's own route
+        reply = client.images.with_raw_response.create_variation(image=image, n=2, size="64x64")
     one, two = (pixels(image) for image in reply.parse().data)
     assert np.abs(one - two).mean() > 1
     params = running.job(reply.headers["safelight-job"])["params"]

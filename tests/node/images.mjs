@@ -17,7 +17,7 @@ const made = await client.images.generate({ prompt, n: 2, quality: "low", size: 
 calls["images.generate"] = made.data.map((image) => isPng(image.b64_json));
 
 const events = [];
-for await (const event of await client.images.generate({ prompt, stream: true, partial_images: 1, num_inference_steps: 150 })) {
+for await (const event of await client.images.generate({ prompt, stream: true, partial_images: 1, num_inference_steps: 100 })) {
   events.push(event.type);
 }
 calls["images.generate stream"] = events;

@@ -72,7 +72,8 @@ async def _partial(deps: Services, request: Request, job: Job, wanted: int) -> A
 
     Ends with the job, or when all were given. Raises HungUp.
     """
-    feed, shown, given = PreviewsOf(job.id), 0, 0
+    feed, shown, given, clock = PreviewsOf(job.id), 0, 0, asyncio.get_running_loop().time
+    look_at = clock() + KEEP_ALIVE
     with suppress(RedisError, OSError, SafelightError):  # the end of the job is waited for elsewhere
         async with watching(deps.redis, job.id) as stay, deps.hub.watch(OfJob(job.id)) as bell:
             while given < wanted and not deps.is_draining:
@@ -85,11 +86,12 @@ async def _partial(deps: Services, request: Request, job: Job, wanted: int) -> A
                 async with deps.places:
                     if (await deps.queue.get(job.tenant, job.id)).status.is_final:
                         return
+                if clock() >= look_at:
+                    look_at = clock() + KEEP_ALIVE
+                    await stay()
+                    yield None
                 with suppress(TimeoutError):
-                    await while_there(request, asyncio.wait_for(bell.wait(), KEEP_ALIVE))
-                    continue
-                await stay()
-                yield None
+                    await while_there(request, asyncio.wait_for(bell.wait(), look_at - clock()))
 
 
 def _is_due(preview: dict[str, Any], given: int, wanted: int) -> bool:
