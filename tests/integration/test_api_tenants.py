@@ -13,6 +13,7 @@ from app.core.api_keys import Scope
 from app.core.errors import InvalidRequest
 from tests.conftest import PretendWorker
 from tests.integration.test_api_auth import BOOTSTRAP, OPEN, bearer
+from tests.unit.test_images import encoded, picture
 
 # Every route that is not open to all, and the scope that it asks for: a new route is missing here until it is decided.
 ASKS = {
@@ -23,6 +24,13 @@ ASKS = {
     ("POST", "/v1/jobs/{job_id}/cancel"): "submit",
     ("GET", "/v1/jobs/{job_id}/events"): "read",
     ("GET", "/v1/events"): "read",
+    ("POST", "/v1/batches"): "submit",
+    ("GET", "/v1/batches"): "read",
+    ("GET", "/v1/batches/{batch_id}"): "read",
+    ("DELETE", "/v1/batches/{batch_id}"): "submit",
+    ("POST", "/v1/batches/{batch_id}/cancel"): "submit",
+    ("GET", "/v1/batches/{batch_id}/jobs"): "read",
+    ("GET", "/v1/batches/{batch_id}/events"): "read",
     ("POST", "/v1/uploads"): "submit",
     ("GET", "/v1/uploads"): "read",
     ("GET", "/v1/uploads/{upload_id}"): "read",
@@ -30,6 +38,9 @@ ASKS = {
     ("GET", "/v1/models"): "read",
     ("GET", "/v1/usage"): "read",
     ("GET", "/v1/workers"): "admin",
+    ("GET", "/v1/limits"): "read",
+    ("GET", "/v1/tenants/{tenant}/limits"): "admin",
+    ("PATCH", "/v1/tenants/{tenant}/limits"): "admin",
     ("POST", "/v1/keys"): "admin",
     ("GET", "/v1/keys"): "admin",
     ("DELETE", "/v1/keys/{key_id}"): "admin",
@@ -53,6 +64,7 @@ BODIES = {
     "/v1/webhook-endpoints": {"url": "https://example.com/hook"},
     "/v1/webhook-endpoints/{endpoint_id}": {"enabled": True},
     "/v1/webhook-secret/rotate": {},
+    "/v1/tenants/{tenant}/limits": {"weight": 2},
 }
 STREAMS = {"/v1/events"}  # it does not end by itself: only its head is asked for
 
@@ -132,11 +144,25 @@ def everything_of(client, worker):
     job = client.post("/v1/jobs", json={"prompt": "a secret cat"}, headers={"Idempotency-Key": "k"}).json()["id"]
     worker.succeed(worker.claim())
     [delivery] = client.get(f"/v1/webhook-deliveries?job={job}").json()["data"]
-    return {"job_id": job, "endpoint_id": endpoint, "delivery_id": delivery["id"], "key_id": "00000000"}
+    upload = client.post("/v1/uploads", files={"file": ("a.png", encoded(picture()), "image/png")}).json()["id"]
+    batch = client.post("/v1/batches", json={"requests": [{"prompt": "a secret dog"}]}).json()["id"]
+    client.post(f"/v1/batches/{batch}/cancel")
+    with client.stream("GET", f"/v1/batches/{batch}/events") as events:  # until it has ended
+        events.read()
+    return {
+        "job_id": job,
+        "batch_id": batch,
+        "upload_id": upload,
+        "endpoint_id": endpoint,
+        "delivery_id": delivery["id"],
+        "key_id": "00000000",
+    }
 
 
 INVENTED = {
     "job_id": "job_" + "0" * 26,
+    "batch_id": "batch_" + "0" * 26,
+    "upload_id": "upload_" + "0" * 26,
     "endpoint_id": "whe_" + "0" * 20,
     "delivery_id": "msg_" + "0" * 26 + "_succeeded",
     "key_id": "11111111",
@@ -156,13 +182,13 @@ def test_another_tenants_anything_is_byte_for_byte_like_nothing(guarded, caller,
             assert theirs == nothing, (method, path)
             assert theirs[0] in (403, 404)
             compared += 1
-        for path in ("/v1/jobs", "/v1/webhook-endpoints", "/v1/webhook-deliveries"):
+        for path in ("/v1/jobs", "/v1/batches", "/v1/webhook-endpoints", "/v1/webhook-deliveries"):
             assert client.get(path).json()["data"] == []
         for query in (f"job={ids['job_id']}", f"job={INVENTED['job_id']}"):
             assert client.get(f"/v1/webhook-deliveries?{query}").json()["data"] == []
         assert client.get("/v1/usage").json()["images"] == 0
     print(f"{compared} calls compared")
-    assert compared == 30
+    assert compared >= 51
     assert {path: owner.get(path).content for path in before} == before
     assert owner.get(f"/v1/jobs/{ids['job_id']}").json()["status"] == "succeeded"
 
