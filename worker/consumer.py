@@ -166,8 +166,8 @@ class Consumer(BaseWorker):
         if self.intake.is_open:
             log.info("worker.draining", jobs=len(self.held))
             self.intake.stop_claiming()
-            for held in self._unstarted():
-                self._hand_back(held)  # its model is not warm, and others may have it
+        for held in self._unstarted():
+            self._hand_back(held)  # its model is not warm, and others may have it
         assert self._stop_at is not None
         if self._is_final or time.monotonic() > self._stop_at:
             for held in list(self.held.values()):
@@ -244,9 +244,10 @@ class Consumer(BaseWorker):
         """Let go of what was cancelled, taken away by the reaper, or has ended."""
         for job_id in _drained(self.intake.canceled):
             if held := self.held.get(job_id):
-                self._drop(held, "canceled")
+                self._drop(held, "expired" if held.is_overdue else "canceled")
         for held in _drained(self.heart.lost):
             self._drop(held, "lost")
+        self._keep_deadlines()
         for held, refusal in _drained(self._refused):
             self._fail(held, refusal)
         for held, error in _drained(self.sources.ready):
@@ -255,6 +256,14 @@ class Consumer(BaseWorker):
             self._leave_room(held)
         for held, status in _drained(self._ended):
             self._forget(held, status)
+
+    def _keep_deadlines(self) -> None:
+        """Have Redis end what is past its deadline; it is let go of when that comes back as a cancellation does."""
+        now = time.monotonic()
+        for held in self.held.values():
+            if held.must_end <= now and not held.is_overdue:
+                held.is_overdue = True
+                self.reaper.look()
 
     def _go_on(self, held: HeldJob, error: SafelightError | None) -> None:
         """What the job starts from was read, or could not be."""
@@ -308,7 +317,6 @@ class Consumer(BaseWorker):
         if self.held.get(held.id) is not held:
             return
         del self.held[held.id]
-        self.keeper.leave(held.model)
         self.viewers.forget(held)
         self._leave_room(held)
         self.intake.look()
@@ -340,6 +348,7 @@ class Consumer(BaseWorker):
     def _leave_room(self, held: HeldJob) -> None:
         if held.has_room:
             held.has_room = False
+            self.keeper.leave(held.model)
             self.room.leave(held.images, held.claim.tenant)
             self.intake.look()
 

@@ -40,7 +40,7 @@ class State(Enum):
     PARKED = "parked"
     LOADING = "loading"
     WARM = "warm"
-    UNFIT = "unfit"  # larger than this worker's memory, or its files were refused: it is not served
+    UNFIT = "unfit"  # larger than this worker's memory: it is not served
 
 
 @dataclass(slots=True, eq=False)
@@ -225,9 +225,7 @@ class Keeper:
         """What its files say it takes; one whose files are not here yet is taken to fit until it was loaded."""
         try:
             place.bytes = self._size(place.spec)
-        except ModelRefused as error:
-            self._refuse(place, error)
-        except ConfigError as error:
+        except ConfigError as error:  # if its files are refused, its load says so to the jobs that wait for it
             log.warning("model.size_unknown", model=place.name, reason=error.message)
         if not self._fits_ever(place):
             self._refuse(place, ConfigError(f"it takes {place.bytes} bytes of {self.memory.device}"))

@@ -1,5 +1,6 @@
 """Checkpoints of four families, as folders and as single files, in one worker that cannot hold half of them."""
 
+import pickle
 import threading
 import time
 
@@ -36,6 +37,10 @@ def catalog(tmp_path_factory):
         file, config = write_single(folder / family, folder / f"{name}.safetensors", folder / f"{name}-config")
         options = {"config": f'"{config}"', "aliases": f'["{name}.SAFETENSORS"]'}
         tables.append(table(name, file, **options))
+    (folder / "poisoned").mkdir()
+    (folder / "poisoned" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (folder / "poisoned" / "weights.bin").write_bytes(pickle.dumps(print))
+    tables.append(table("poisoned", folder / "poisoned"))
     tables.append(table("flux-oil", folder / "flux", prompt_template='"{prompt}, oil"'))
     tables.append(f'[models.sd15.loras.wrong]\nsource = "{folder}/loras/sdxl.safetensors"\n')
     (folder / "models.toml").write_text("\n".join(tables))
@@ -108,6 +113,14 @@ def test_an_alias_means_the_model_and_the_list_says_what_is_warm(built, pictures
     assert all(model["served"] for model in listed.values())
     assert not all(model["warm"] for model in listed.values())
     assert listed["sd15"]["loras"] == ["own"]
+
+
+def test_a_poisoned_model_fails_its_jobs_and_the_worker_goes_on(built, pictures):
+    job = built.wait(built.submit(model="poisoned")["id"], 100, status="failed")
+
+    assert job["error"]["code"] == "model_unavailable"
+    assert "could run code" in (built.folder / "worker-1.log").read_text()
+    assert np.array_equal(painted(built, model="sd15"), pictures["sd15"])
 
 
 def test_a_template_wraps_the_prompt_and_the_params_keep_the_callers_words(built, pictures):
