@@ -17,8 +17,9 @@ from app.core.weights import TensorInfo, read_header
 DENOISERS: Final = ("unet", "transformer", "transformer_2", "prior")
 # Before the layer's name: diffusers', peft's, kohya's, ComfyUI's.
 PREFIXES: Final = re.compile(
-    r"^(?:base_model\.model\.)?(?:unet|transformer(?:_2)?|diffusion_model|model\.diffusion_model|lora_unet|lora_transformer)[._]"
+    r"^(?:base_model\.model\.)?(?:(?:unet|transformer|transformer_2|diffusion_model)\.|lora_(?:unet|transformer)_)"
 )
+CHECKPOINT: Final = "model.diffusion_model."  # before a denoiser's names in a single file
 TEXT_ENCODERS: Final = re.compile(r"^(?:text_encoder|lora_te)")
 SIDES: Final = {
     **dict.fromkeys((".lora_A.", ".lora_down.", ".lora.down.", "_lora.down."), "down"),
@@ -104,7 +105,7 @@ def _base(spec: ModelSpec, source: Path) -> dict[str, Shape]:
     for file in files:
         for key, info in read_header(file).items():
             if key.endswith(".weight") and len(info.shape) in (2, 4):
-                found[PREFIXES.sub("", key.removesuffix(".weight"))] = Shape(info.shape[1], info.shape[0])
+                found[key.removesuffix(".weight").removeprefix(CHECKPOINT)] = Shape(info.shape[1], info.shape[0])
     return found
 
 

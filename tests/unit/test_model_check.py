@@ -62,6 +62,7 @@ def folder(tmp_path, monkeypatch):
     write(model / "model_index.json", index)
     write(model / "unet" / "config.json", {"_class_name": "UNet2DConditionModel"})
     safetensors(model / "unet" / WEIGHTS, **{"down.to_q.weight": (8, 8), "down.to_k.weight": (8, 32)})
+    safetensors(model / "transformer" / WEIGHTS, **{"transformer_blocks.0.to_q.weight": (8, 8)})
     write(model / "tokenizer" / "tokenizer_config.json", {"vocab_file": "vocab.json", "name_or_path": "/a/b"})
     yield model
     assert not (tmp_path / "imported").exists(), "code was run"
@@ -256,6 +257,8 @@ def test_a_header_says_names_types_and_shapes(folder):
     [
         ({"unet.down.to_q": (8, 8)}, ""),
         ({"lora_unet_down_to_q": (8, 8), "lora_unet_down_to_k": (32, 8)}, ""),
+        ({"transformer.transformer_blocks.0.to_q": (8, 8)}, ""),
+        ({"lora_transformer_transformer_blocks_0_to_q": (8, 16)}, "is for a layer of (8, 16)"),
         ({"unet.down.to_k": (64, 8)}, "is for a layer of (64, 8), and the model's is of (32, 8)"),
         ({"unet.down.to_q": (8, 8), "unet.up.to_q": (8, 8)}, "has no layer unet.up.to_q"),
         ({"diffusion_model.double_blocks.0.img_attn": (99, 7)}, "has none of that size"),
