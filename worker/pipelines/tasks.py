@@ -24,13 +24,10 @@ def runs_for(model: WarmModel, params: GenerationParams, job_id: str, source: So
     """One run an image, called `job_id/0`, `job_id/1`, ...; its result is a uint8 array of height x width x 3.
 
     `source` is what it starts from. A video's result has the frames before that: frames x height x width x 3. Fails
-    with InvalidOutput on a NaN. Raises GenerationFailed for an adapter that this worker has not loaded.
+    with InvalidOutput on a NaN. Raises GenerationFailed for a task, a ControlNet or an adapter that this worker has not
+    loaded.
     """
-    for lora in params.loras:
-        if lora.name not in model.spec.loras:
-            raise GenerationFailed(
-                f"the worker has no adapter {lora.name!r} of model {params.model!r}; try again later"
-            )
+    _check_there(model, params)
     return [
         Run(
             id=f"{job_id}/{i}",
@@ -42,6 +39,15 @@ def runs_for(model: WarmModel, params: GenerationParams, job_id: str, source: So
         )
         for i in range(params.num_images)
     ]
+
+
+def _check_there(model: WarmModel, params: GenerationParams) -> None:
+    """The catalog that the API read may be newer than this worker's, or say what could not be loaded."""
+    missing = [f"adapter {lora.name!r}" for lora in params.loras if lora.name not in model.spec.loras]
+    missing += [f"ControlNet {c.type!r}" for c in params.controls if c.type not in model.spec.controlnets]
+    missing += [f"pipeline for {ability_of(params)}"] if ability_of(params) not in model.spec.tasks else []
+    if missing:
+        raise GenerationFailed(f"the worker has no {missing[0]} of model {params.model!r}; try again later")
 
 
 def steps_of(params: GenerationParams) -> int:
