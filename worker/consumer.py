@@ -217,7 +217,7 @@ class Consumer(BaseWorker):
 
     def _begin(self, held: HeldJob, model: WarmModel) -> None:
         """Its model is warm: its runs go into the engine, if what it starts from is there too."""
-        if held.source is None:
+        if held.source is None or held.is_started:
             return
         held.is_started = True
         self.witness.look([held])

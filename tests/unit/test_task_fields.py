@@ -111,7 +111,7 @@ def test_an_upscaler_does_nothing_else_and_keeps_its_factor():
 
 def test_what_a_model_cannot_do_is_refused_with_what_it_can():
     for fields in ({"image": "a"}, {"image": "a", "mask": "a"}, {"tiling": True}):
-        with pytest.raises(InvalidParams, match="it can do text_to_image$"):
+        with pytest.raises(InvalidParams, match=r"it can do text_to_image$"):
             ask([spec(tasks=("text_to_image",))], **fields)
 
 
