@@ -19,6 +19,7 @@ from tests.integration.test_leases import QUEUE, RETENTION_MS, params
 from tests.servers import redis_server
 from worker.leases import Beat, Claim, Leases, Turn
 
+LANES = [*keys.lanes(QUEUE), *keys.lanes(QUEUE, "other")]
 DEAD_MS, ALIVE_MS = 1, 600_000
 FINAL = {"succeeded", "failed", "canceled"}
 
@@ -50,9 +51,9 @@ class Jobs(RuleBasedStateMachine):
         outcome = keys.SUBMIT.run(self.redis, job_id, "t", lane, key, "print", RETENTION_MS, fields, "", *rq)
         return job_id, outcome[:2]
 
-    @rule(target=jobs, priority=st.sampled_from(["high", "normal", "low"]))
-    def submit(self, priority):
-        job_id, outcome = self._submit("", keys.lane_name(QUEUE, priority))
+    @rule(target=jobs, lane=st.sampled_from(LANES))
+    def submit(self, lane):
+        job_id, outcome = self._submit("", lane)
         assert outcome == ["created", job_id]
         self.model[job_id] = {"status": "queued", "deaths": 0, "tries": 0, "claim": None}
         return job_id
@@ -166,12 +167,12 @@ class Jobs(RuleBasedStateMachine):
 
     @rule()
     def empty_rqs_lists(self):
-        self.redis.delete(*(f"rq:queue:{lane}" for lane in keys.lanes(QUEUE)))
+        self.redis.delete(*(f"rq:queue:{lane}" for lane in LANES))
         expected = {i for i, job in self.model.items() if job["status"] == "queued"}
         alone = set(self.redis.lrange(keys.ALONE + QUEUE, 0, -1))
         while self.worker.audit(QUEUE):
             pass
-        in_lists = {i for lane in keys.lanes(QUEUE) for i in self.redis.lrange(f"rq:queue:{lane}", 0, -1)}
+        in_lists = {i for lane in LANES for i in self.redis.lrange(f"rq:queue:{lane}", 0, -1)}
         assert expected - alone <= in_lists or len(expected) > 10
 
     @rule()
@@ -183,15 +184,18 @@ class Jobs(RuleBasedStateMachine):
     def the_server_agrees(self):
         pipeline = self.redis.pipeline(transaction=False)
         pipeline.zrange(keys.LEASES, 0, -1)
-        for lane in keys.lanes(QUEUE):
+        for lane in LANES:
             pipeline.zrange(keys.WAITING + lane, 0, -1)
+        pipeline.hmget(keys.WORK + QUEUE, "jobs", "rows")
         for job_id, job in self.model.items():
             pipeline.hmget(keys.JOB + job_id, "status", "deaths", "tries")
             pipeline.lrange(keys.EVENTS + job_id, 0, -1)
             pipeline.exists(f"{keys.DELIVERY}msg_{job_id[4:]}_{job['status']}")
-        held, high, normal, low, *found = pipeline.execute()
+        held, *found = pipeline.execute()
+        waiting, sums, found = found[: len(LANES)], found[len(LANES)], found[len(LANES) + 1 :]
         assert set(held) == {i for i, job in self.model.items() if job["status"] == "processing"}
-        assert {*high, *normal, *low} == {i for i, job in self.model.items() if job["status"] == "queued"}
+        assert set().union(*waiting) == {i for i, job in self.model.items() if job["status"] == "queued"}
+        assert [int(text or 0) for text in sums] == [sum(map(len, waiting)), len(held)]
         for job, record, events, has_webhook in zip(
             self.model.values(), found[::3], found[1::3], found[2::3], strict=True
         ):
