@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from app.core.job import Job, Output, Progress, Timings
 from worker.engine.run import Run
@@ -33,6 +34,7 @@ class HeldJob:
     has_room: bool = True  # it takes up room in the engine
     marked: str = ""  # the walk that Redis knows
     is_dropped: bool = False  # cancelled, taken away or handed back: nothing of it counts any more
+    is_overdue: bool = False  # past its deadline
     is_watched: bool = False  # somebody wants previews of it
     store_seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +70,14 @@ class HeldJob:
     def queue_seconds(self) -> float:
         """How long it waited, by Redis' clock."""
         return max((self.job.started_at or self.job.created_at) - self.job.created_at, 0.0)
+
+    @property
+    def must_end(self) -> float:
+        """When its deadline is, in monotonic seconds; from the distance on Redis' clock, so ours may be wrong."""
+        job = self.claim.job
+        if job is None or job.deadline_at is None or job.started_at is None:
+            return inf
+        return self.claimed_at + job.deadline_at - job.started_at
 
     @property
     def is_stored(self) -> bool:

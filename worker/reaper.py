@@ -48,6 +48,7 @@ class Reaper:
         self._lease_seconds = lease_seconds
         self._away_at = float("-inf")  # monotonic
         self._closed = threading.Event()
+        self._bell = threading.Event()
         self._thread = threading.Thread(target=self._reap_forever, name="reap", daemon=True)
         # Apart, because a store that hangs holds it up, and the jobs of the dead must not wait for that.
         self._sweeper = threading.Thread(target=self._sweep_forever, name="sweep", daemon=True)
@@ -56,14 +57,19 @@ class Reaper:
         self._thread.start()
         self._sweeper.start()
 
+    def look(self) -> None:
+        """A job is past its deadline: end it now."""
+        self._bell.set()
+
     def close(self) -> None:
         self._closed.set()
+        self._bell.set()
         self._thread.join()
         self._sweeper.join()
 
     def _reap_forever(self) -> None:
         rounds, due, pause = 0, 0.0, min(REAP_SECONDS, self._lease_seconds / 5)
-        while not self._closed.wait(min(EXPIRE_SECONDS, pause)):
+        while not self._is_closed_after(min(EXPIRE_SECONDS, pause)):
             try:
                 for model in self._leases.expire():
                     self._ended.labels(model, JobStatus.EXPIRED).inc()
@@ -77,6 +83,12 @@ class Reaper:
             except (RedisError, OSError) as error:
                 self._away_at = time.monotonic()
                 log.warning("reap.failed", error=type(error).__name__)
+
+    def _is_closed_after(self, seconds: float) -> bool:
+        """Wait for so long, or until there is something to look at."""
+        self._bell.wait(seconds)
+        self._bell.clear()
+        return self._closed.is_set()
 
     def _sweep_forever(self) -> None:
         while not self._closed.wait(SWEEP_SECONDS):

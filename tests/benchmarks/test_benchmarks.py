@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -34,12 +34,12 @@ def test_requests_and_arrivals_are_drawn_by_their_seed():
     assert len({(w.num_inference_steps, w.guidance_scale, w.scheduler) for w in workload.identical(64, 1)}) == 1
     times = list(islice(workload.poisson(5.0, 4), 4000))
     assert times == sorted(times)
-    assert mean(b - a for a, b in zip(times, times[1:], strict=False)) == pytest.approx(0.2, rel=0.1)
+    assert mean(b - a for a, b in pairwise(times)) == pytest.approx(0.2, rel=0.1)
 
 
 def test_saturated_in_small(tmp_path):
     found = run("saturated", "--requests", "3", "--rounds", "1", "--repeats", "1", results=tmp_path)["saturated"]
-    assert [row[0] for row in found["rows"]][0] == "Safelight"
+    assert found["rows"][0][0] == "Safelight"
     ours = found["figures"]["ours"][0]
     assert ours["rows"] == workload.denoiser_rows(workload.mixed(3, found["seed"]))
     assert 0 < ours["denoiser"] + ours["others"] < ours["seconds"]

@@ -52,7 +52,8 @@ def test_a_worker_ends_what_is_past_its_deadline_though_no_api_lives(built):
     print(
         f"late by {', '.join(f'{late:.2f}' for late in lates)} s; the engine was free {stopped_after:.2f} s after that"
     )
-    assert max(lates) < 1.5
+    assert lates[0] < 0.25, "the worker that makes it knows when it is due"
+    assert lates[1] < 1.5
     assert stopped_after < 1.5, "250 steps would have taken 12 s"
     built.wait_until(lambda: built.redis.hget(JOB + last, "status") == "succeeded", 20)
     assert built.redis.zcard(LEASES) == 0

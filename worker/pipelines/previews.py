@@ -5,6 +5,7 @@ is a network. It is fitted to what the VAE makes of noise, so it needs no pictur
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -109,9 +110,8 @@ def estimate(
     signal, noise = _scales(scheduler, index, timestep)
     if kind == "v_prediction":
         total = signal**2 + noise**2
-        return (sample * signal - output * noise * total**0.5) / total
-    clean: torch.Tensor = (sample - output * noise) / signal
-    return clean
+        return (sample * signal - output * (noise * math.sqrt(total))) / total
+    return (sample - output * noise) / signal
 
 
 def _scales(scheduler: Any, index: int | None, timestep: Any) -> tuple[float, float]:
