@@ -10,7 +10,7 @@ BIN := .venv/bin
 run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
-test: check servers tests/node/node_modules
+test: check servers tests/node/node_modules tests/litellm/.venv/ready
 	$(BIN)/pytest -q
 
 # The benchmarks, twenty-five minutes, into benchmarks/results/ and docs/benchmarks.md: make bench BENCH="mixed alone"
@@ -47,6 +47,12 @@ servers:
 # What the tests take from npm; node itself comes as a wheel.
 tests/node/node_modules: tests/node/package.json tests/node/package-lock.json | .venv/dev.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix tests/node --no-audit --no-fund --silent
+	@touch $@
+
+# litellm pins older libraries than ours: a venv of its own, as its users have it.
+tests/litellm/.venv/ready: tests/litellm/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
 # Set-up: pip into .venv with the constraints file. Without a GPU the CPU index is used where it answers.

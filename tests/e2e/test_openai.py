@@ -320,3 +320,25 @@ def test_openais_package_for_javascript_does_the_same(running, source, tmp_path)
         "images.createVariation": 200,
         "images.generate refused": ["BadRequestError", 400, "size"],
     }
+
+
+LITELLM = Path(__file__).parents[1] / "litellm"
+
+
+@pytest.mark.skipif(
+    not (LITELLM / ".venv" / "ready").exists(), reason="litellm has a venv of its own; make test makes it"
+)
+def test_litellm_gets_its_pictures(running):
+    command = [str(LITELLM / ".venv" / "bin" / "python"), str(LITELLM / "ask.py"), f"{running.url}/v1"]
+    offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would ask the internet for prices
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=150, env=running.environment | offline
+    )
+    assert told.returncode == 0, told.stderr
+    calls = json.loads(told.stdout.splitlines()[-1])
+    print(calls)
+    assert calls == {
+        "image_generation": ["PNG", "PNG"],
+        "image_edit": ["PNG"],
+        "image_generation refused": ["BadRequestError", 400],
+    }
