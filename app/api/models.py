@@ -1,8 +1,8 @@
 """The models of the catalog."""
 
-from typing import Annotated, get_args
+from typing import get_args
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter
 
 from app.api.auth import needs
 from app.api.deps import Deps, Services
@@ -25,7 +25,7 @@ async def list_models(deps: Deps) -> ListResponse[ModelView]:
 
 @router.get("/v1/models/{model:path}", responses=responses(404))
 @needs(Scope.READ)
-async def get_model(model: Annotated[str, Path(max_length=256)], deps: Deps) -> ModelView:
+async def get_model(model: str, deps: Deps) -> ModelView:
     """One model, by its name or an alias."""
     return _view(deps.catalog.get(model), deps, await deps.served(), await deps.warm())
 

@@ -25,7 +25,8 @@ from tests.integration.test_api_auth import BOOTSTRAP, bearer
 from tests.integration.test_api_tenants import everything_of
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "6"))  # of each kind, for each operation and key
-ENDLESS = {("GET", "/v1/events")}  # a reply that does not end; test_api_streams reads it
+# Replies that do not end, which test_api_streams reads, and those that wait for a picture, which test_openai asks for.
+ENDLESS = {("GET", "/v1/events"), *(("POST", f"/v1/images/{name}") for name in ("generations", "edits", "variations"))}
 # What a schema cannot say: that a URL must lead to a public address, a size suit the model, an id exist.
 UNSAID = {"positive_data_acceptance"}
 CHECKED = [CHECKS.get_one(name) for name in CHECKS.get_all_names() if name not in UNSAID]
