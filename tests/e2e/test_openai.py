@@ -27,7 +27,7 @@ def running(tmp_path_factory):
     with redis_server(tmp_path_factory.mktemp("redis")) as server, house(folder, server.url) as built:
         built.start("api")
         built.start("worker")
-        built.wait_until(built.is_ready, 90)
+        built.wait_until(built.is_ready, 150)
         yield built
 
 
