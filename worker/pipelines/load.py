@@ -11,6 +11,7 @@ import diffusers
 import structlog
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from app.core import hub, model_check
 from app.core.catalog import ModelSpec
@@ -25,6 +26,7 @@ from worker.pipelines.variants import Variants
 from worker.safety import Checker, open_checker
 
 log = structlog.get_logger()
+FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.linspace})
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 # Where the engine's merge rule is wrong or wasteful for a class (diffusers 0.42.1).
@@ -109,22 +111,39 @@ def _controlnet(folder: Path, dtype: torch.dtype) -> Any:
     )
 
 
+class _OwnDtype(TorchFunctionMode):
+    """In this thread, what makes numbers of torch's default dtype makes them of `dtype`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.get_default_dtype()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in FACTORIES and given.get("dtype") is None:
+            given = {**given, "dtype": self.dtype}
+        return func(*args, **given)
+
+
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """Within, torch's default dtype stays as it is for the other threads.
+    """Within, torch's default dtype is one of this thread, and stays as it is for the others.
 
-    diffusers and transformers set it while they build a model, and it is one for the whole process: a run of another
-    model would be given numbers of the wrong type. They convert what they have read themselves, so it need not be set.
+    diffusers and transformers set it while they build a model, and torch has one for the whole process: a run of
+    another model would be given numbers of the wrong type.
     """
-    original, loader = torch.set_default_dtype, threading.get_ident()
+    original, loader, own = torch.set_default_dtype, threading.get_ident(), _OwnDtype()
 
-    def set_for_others(dtype: torch.dtype) -> None:
-        if threading.get_ident() != loader:
+    def set_own(dtype: torch.dtype) -> None:
+        if threading.get_ident() == loader:
+            own.dtype = dtype
+        else:
             original(dtype)
 
-    torch.set_default_dtype = set_for_others
+    torch.set_default_dtype = set_own
     try:
-        yield
+        with own:
+            yield
     finally:
         torch.set_default_dtype = original
 

@@ -2,10 +2,13 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
+from app.core.catalog import LoraSpec
 from app.core.errors import ConfigError
 from tests.tiny import build_family
 from tests.unit.pipelines.conftest import spec_of
@@ -137,3 +140,32 @@ def test_a_cpu_computes_in_float32_unless_told_and_cuda_in_bfloat16():
     assert pick_dtype("auto", torch.device("cpu")) is torch.float32
     assert pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
+
+
+def test_a_load_in_another_precision_leaves_torchs_default_as_it_is_for_other_threads(tiny_folder):
+    seen, is_loaded = set(), threading.Event()
+
+    def look():
+        while not is_loaded.is_set():
+            seen.add(torch.get_default_dtype())
+            time.sleep(0.0001)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    loaded = load(spec_of(tiny_folder), "cpu", "bfloat16").pipe
+    is_loaded.set()
+    looking.join()
+    plain = type(loaded).from_pretrained(tiny_folder, dtype=torch.bfloat16, local_files_only=True)
+
+    assert seen == {torch.float32}
+    for name in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(loaded, name).state_dict(), getattr(plain, name).state_dict()
+        assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_adapter_that_is_not_of_the_model_is_no_reason_to_be_without_it(tiny_folder, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"not one")
+    loaded = load(spec_of(tiny_folder, loras={"bad": LoraSpec(source=tmp_path / "bad.safetensors")}), "cpu")
+
+    assert loaded.spec.loras == {}
