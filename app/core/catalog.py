@@ -159,7 +159,6 @@ class ModelSpec(BaseModel):
         """What the pipeline is given for a caller's prompt."""
         return self.prompt_template.replace("{prompt}", prompt)
 
-
     @property
     def hides(self) -> bool:
         """Whether pictures may be withheld or blurred for what is on them."""
