@@ -3,7 +3,8 @@
 Denoiser calls come first; text and VAE work gets at most half of the time while denoiser calls wait, and a batch of it
 takes no longer than their forwards do. Among the calls of one side those that are due earliest go first, and the first
 takes with it the calls of its key, up to the cap. A run is due PATIENCE times its remaining work after it arrived: the
-shortest first, and the long ones grow old. Tenants who are ahead of their share let the others go first (see shares).
+shortest first, and the long ones grow old. Each tenant has an equal part of a batch's rows before the rest is given
+out, and those who are ahead of their share let the others go first (see shares).
 
 Starvation bound: of the runs of its tenant, none of no higher priority that arrives later than PATIENCE times a run's
 work after it ever goes before it; a priority more counts as PRIORITY_SECONDS of waiting. So it ends when the work that
@@ -97,9 +98,29 @@ class Batcher:
         if denoisers and (not others or self._debt > 0):
             behind = self.shares.waiting(self._present)
             ranked = sorted(denoisers, key=lambda call: (call.run.tenant in behind, self.due(call), call.run.order))
-            return self._fill(ranked, self._most(ranked[0]))
+            most = self._most(ranked[0])
+            return self._fill(self._parted(ranked, most, behind), most)
         ranked = sorted(others, key=lambda call: (self.due(call), call.run.order))
         return self._fill(ranked, self._bounded(ranked[0]) if denoisers else self._most(ranked[0]))
+
+    def _parted(self, ranked: Sequence[P], most: int, behind: set[str]) -> list[P]:
+        """`ranked`, with each tenant's equal part of the batch before the rest; the first stays the first.
+
+        Due times let old work of a flood go before a guest's new job; beside it there are rows enough for both.
+        """
+        part = most // len(self._present)
+        if len(self._present) == 1 or not part:
+            return list(ranked)
+        first, had = ranked[0], Counter[str]()
+        had[first.run.tenant] = first.rows
+        early: list[P] = [first]
+        late: list[P] = []
+        for call in ranked[1:]:
+            tenant = call.run.tenant
+            is_part = call.key == first.key and tenant not in behind and had[tenant] + call.rows <= part
+            had[tenant] += call.rows if is_part else 0
+            (early if is_part else late).append(call)
+        return early + late
 
     def due(self, call: Parked) -> float:
         """When the call's run ought to have ended, in seconds of the clock that its arrival was read from."""

@@ -112,6 +112,27 @@ def test_a_tenant_ahead_of_its_share_lets_the_other_go_first_and_fills_what_is_l
     assert policy.choose([*hog, other])[0] is hog[0]
 
 
+def test_each_tenant_has_its_part_of_a_batch_however_old_the_work_of_another_is():
+    flood, guests = [call(1, tenant="flood") for _ in range(9)], [call(50, tenant="guest") for _ in range(9)]
+    for one in guests:
+        one.run.arrived = 1000.0
+    chosen = batcher(cap=4).choose([*flood, *guests])
+
+    assert [one.run.tenant for one in chosen] == ["flood", "flood", "guest", "guest"]
+    assert [one.run.tenant for one in batcher(cap=4).choose([*flood, guests[0]])] == [
+        "flood",
+        "flood",
+        "guest",
+        "flood",
+    ]
+
+
+def test_more_tenants_than_rows_go_by_what_is_due():
+    calls = [call(steps, tenant=f"t{steps}") for steps in (5, 1, 4, 2, 3)]
+
+    assert [one.run.remaining for one in batcher(cap=4).choose(calls)] == [1, 2, 3, 4]
+
+
 def test_who_leaves_while_ahead_is_still_ahead_when_coming_back():
     shares = Shares()
     shares.spent({"hog": 40.0}, {"hog", "other"})
