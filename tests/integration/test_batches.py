@@ -16,7 +16,6 @@ from app.core.limits import set_limits
 from app.core.retention import sweep
 from app.core.storage import open_storage
 from tests.conftest import PretendWorker
-from tests.integration.test_api_idempotency import Mortal
 from tests.servers import free_port
 from tests.unit.test_images import encoded
 
@@ -310,6 +309,15 @@ def test_one_redis_connection_hears_for_all_streams_of_batches_and_jobs(client, 
         assert not thread.is_alive()
 
 
+def test_a_batchs_stream_counts_among_those_a_tenant_may_have_open(client, redis):
+    batch = submit(client, requests=small(1))
+    set_limits(redis, "default", {"max_streams": 1})
+    with client.stream("GET", f"/v1/batches/{batch['id']}/events") as stream:
+        lines = stream.iter_lines()  # kept: a generator that is dropped closes the stream
+        next(lines)
+        assert client.get(f"/v1/batches/{batch['id']}/events").status_code == 429
+
+
 def test_another_tenants_batch_is_byte_for_byte_nothing(start_api, redis):
     api = start_api(api_key="the-bootstrap-key-of-the-tests")
     with api.client(headers={"Authorization": "Bearer the-bootstrap-key-of-the-tests"}) as admin:
@@ -416,11 +424,25 @@ def test_too_many_open_batches_are_a_conflict(client):
     submit(client, requests=small(1))
 
 
-class MortalBatches(Mortal):
-    """As its callers see it: they ask again when a connection breaks."""
+class Mortal:
+    """An API process on one port that is killed with -9 and started again; its callers ask again, too."""
+
+    def __init__(self, forks, settings, folder):
+        self._forks, self._log = forks, folder / "api.log"
+        self._environment = {f"SAFELIGHT_{name.upper()}": str(value) for name, value in settings.items()}
+        self.url = f"http://127.0.0.1:{settings['port']}"
+        self.start()
+
+    def start(self):
+        self.process = self._forks.start("api", self._environment, self._log)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.start()
 
     def call(self, method, path, **about):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             try:
                 return httpx2.request(method, self.url + path, trust_env=False, timeout=60, **about)
@@ -437,9 +459,9 @@ class MortalBatches(Mortal):
 
 
 @pytest.fixture
-def mortal(redis_url, catalog_file, tmp_path):
+def mortal(forks, redis_url, catalog_file, tmp_path):
     settings = {"redis_url": redis_url, "models": catalog_file, "data": tmp_path, "port": free_port()}
-    mortal = MortalBatches(settings, tmp_path)
+    mortal = Mortal(forks, settings, tmp_path)
     yield mortal
     mortal.process.kill()
     mortal.process.wait()
