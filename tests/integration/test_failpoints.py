@@ -18,7 +18,7 @@ from tests.chaos.checker import History, check
 from tests.chaos.service import model_name, service
 from tests.servers import free_port
 
-pytestmark = pytest.mark.timeout(400)  # all cases are played before the first test
+pytestmark = pytest.mark.timeout(900)  # all cases are played before the first test
 ACTIONS = ("die", "freeze", "stall", "disconnect", "crash")
 SECONDS = 2.2  # a freeze or stall lasts; the lease is one
 NTH = {"after_step": 20, "before_step": 1, "before_beat": 2, "after_beat": 2}
@@ -80,7 +80,7 @@ class Stage:
         self._await_spring(victim)
         rescuer = self.built.start("worker", **about)
         for job_id in case.job_ids:
-            self.built.wait(job_id, 40)
+            self.built.wait(job_id, 120)
         time.sleep(SECONDS)  # whoever was frozen comes back, and does what it was about to
         self.built.retire(victim)
         self.built.retire(rescuer)
@@ -89,11 +89,11 @@ class Stage:
         def all_run():
             return all((self.built.job(i) or {}).get("progress") for i in case.job_ids)
 
-        self.built.wait_until(all_run, 20)
+        self.built.wait_until(all_run, 60)
 
     def _await_spring(self, slot):
         log = self.built.log(slot)
-        self.built.wait_until(lambda: "failpoint.reached" in log.read_text(), 20)
+        self.built.wait_until(lambda: "failpoint.reached" in log.read_text(), 60)
 
     def _sender(self, case):
         model = model_name(case.number)
@@ -105,9 +105,9 @@ class Stage:
             time.sleep(0.05)
             return "failpoint.reached" in self.built.log(victim).read_text()
 
-        self.built.wait_until(is_sprung, 20)
+        self.built.wait_until(is_sprung, 60)
         for job_id in case.job_ids:
-            self.built.wait(job_id, 40)
+            self.built.wait(job_id, 120)
         time.sleep(SECONDS)
         self.built.retire(victim)
         self.built.retire(worker)
@@ -134,7 +134,7 @@ class Stage:
         self.built.wait_until(is_taken, 30)
         case.job_ids = list(answers)
         self._await_spring(victim)
-        self.built.wait(case.job_ids[0], 40)
+        self.built.wait(case.job_ids[0], 120)
         known = self.built.redis.zcard(keys.WAITING + keys.queue_name(model))
         assert known == 0, "the job was made twice"
         self.built.retire(victim)
