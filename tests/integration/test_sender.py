@@ -74,7 +74,7 @@ class Outbox:
 
         async def submit(webhook_url):
             async with places:
-                job, _ = await queue.submit("default", Submission(PARAMS, webhook=Webhook(url=webhook_url)))
+                job, *_ = await queue.submit("default", Submission(PARAMS, webhook=Webhook(url=webhook_url)))
                 if is_canceled:
                     await queue.cancel("default", job.id)
                 return job.id
