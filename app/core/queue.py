@@ -78,7 +78,7 @@ class JobQueue:
         limits: Limits | None = None,
         max_wait: float = 0.0,
     ) -> None:
-        """`limits` hold for tenants without their own; jobs that would wait over `max_wait` seconds are refused (0: none)."""
+        """`limits` are for tenants without their own; `max_wait`: seconds a job may be expected to wait (0: any)."""
         self._redis = redis
         self._forecast = forecast
         self._limits = limits or Limits()
