@@ -1,4 +1,8 @@
-"""The denoiser and the text encoder, trained together on the latents of the pool (v-prediction, Salimans & Ho 2022)."""
+"""The denoiser and the text encoder, trained together on the latents of the pool (v-prediction, Salimans & Ho 2022).
+
+The text encoder reads more captions than there are pictures in a step: a linear reader must tell from its last tokens
+which concept a caption asks for. Rare words cost a picture each otherwise. The reader is thrown away.
+"""
 
 import random
 import shutil
@@ -18,7 +22,7 @@ from models.train import autoencoder
 from models.train.checkpoint import Checkpoint
 from models.train.pictures import COLOURS, Pool
 from models.train.sources import Emoji
-from models.train.words import LENGTH, caption, make_tokenizer
+from models.train.words import LENGTH, caption, make_tokenizer, name
 
 BATCH = 64
 RATE = 8e-4
@@ -26,6 +30,8 @@ COLOURED = 0.2  # share of a batch that is recoloured
 SETTLED = 5300  # the step from which on each concept is taught in few poses and less in other colours
 POSES = 2  # of 24: poses make two thirds of the latents' variance, more than a small model learns in an hour
 LONG = 1000  # steps that are worth the minute which compiling takes: 0.60 s a step on one core, not 0.69
+READ = 32  # captions read a step without a picture
+READING = 0.1  # weight of that loss
 WIDTH = 256  # of the text encoder
 
 
@@ -61,6 +67,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             projection_dim=WIDTH,
         )
     )
+
+
+def build_reader(concepts: int) -> torch.nn.Linear:
+    """What tells a caption's concept from the text encoder's state; of use in training alone."""
+    return torch.nn.Linear(WIDTH, concepts)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -149,7 +160,9 @@ def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
     few = in_few_poses(data)
     tokenizer = make_tokenizer(kept, work / "tokenizer")
     torch.manual_seed(0)
-    modules = {"unet": build_unet().to(device), "text_encoder": build_text_encoder(tokenizer).to(device)}
+    modules = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer), "reader": build_reader(len(kept))}
+    for module in modules.values():
+        module.to(device)
     # On a CPU with AMX the fused attention's backward pass in bf16 is slower than plain matrix products.
     modules["unet"].set_attn_processor(AttnProcessor() if device == "cpu" else AttnProcessor2_0())
     parameters = [p for m in modules.values() for p in m.parameters()]
@@ -167,9 +180,11 @@ def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 300) * max(0.005, 1 - step / steps)
         taught, share = (few, COLOURED / 2) if step >= SETTLED else (data, COLOURED)
-        loss = _loss(modules, taught, kept, tokenizer, share=share, noise=noise, rng=random.Random(step), device=device)
+        rng = random.Random(step)
+        loss = _loss(modules, taught, kept, tokenizer, share=share, noise=noise, rng=rng, device=device)
+        reading = _reading_loss(modules, kept, tokenizer, rng, device)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + READING * reading).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         checkpoint.step += 1
@@ -177,7 +192,8 @@ def train(  # noqa: PLR0917  # as the autoencoder's, and the concepts
         losses.append(loss.item())
         if checkpoint.step % 50 == 0:
             speed = (time.monotonic() - began) / (checkpoint.step - start)
-            print(f"denoiser {checkpoint.step} loss {np.mean(losses[-50:]):.4f} {speed:.2f} s/step", flush=True)
+            said = f"loss {np.mean(losses[-50:]):.4f} reading {reading.item():.3f} {speed:.2f} s/step"
+            print(f"denoiser {checkpoint.step} {said}", flush=True)
         if checkpoint.step % 200 == 0 or checkpoint.step == until:
             checkpoint.save()
     return float(np.mean(losses[-50:])) if losses else float("nan")
@@ -203,6 +219,21 @@ def _loss(
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         text = modules["text_encoder"](tokenise(tokenizer, captions).to(device))[0]
         return velocity_loss(modules["unet"], clean, text, noise)
+
+
+def _reading_loss(
+    modules: dict[str, torch.nn.Module], kept: list[Emoji], tokenizer: CLIPTokenizer, rng: random.Random, device: str
+) -> torch.Tensor:
+    """The cross-entropy of the concepts of READ captions, read from the end-of-text tokens."""
+    concepts = [rng.randrange(len(kept)) for _ in range(READ)]
+    captions = [caption(kept[c], None, rng) or name(kept[c]) for c in concepts]
+    tokens = tokenise(tokenizer, captions).to(device)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        hidden = modules["text_encoder"](tokens)[0]
+        is_end = (tokens == tokenizer.eos_token_id).unsqueeze(-1)  # padding too: the denoiser sees all of them
+        state = (hidden * is_end).sum(1) / is_end.sum(1)
+        scores = modules["reader"](state)
+    return F.cross_entropy(scores.float(), torch.tensor(concepts, device=device))
 
 
 def tokenise(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

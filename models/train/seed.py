@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from models.train.checkpoint import Checkpoint
-from models.train.denoiser import RATE
+from models.train.denoiser import RATE, build_reader
 
 
 def seed(published: Path, work: Path, step: int) -> None:
@@ -24,7 +24,8 @@ def seed(published: Path, work: Path, step: int) -> None:
     shutil.copytree(published / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
     unet = UNet2DConditionModel.from_pretrained(published / "unet").float()
     text_encoder = CLIPTextModel.from_pretrained(published / "text_encoder").float()
-    _write(work / "denoiser.pt", {"unet": unet, "text_encoder": text_encoder}, step=step)
+    reader = build_reader(len((published / "names.tsv").read_text(encoding="utf-8").splitlines()))
+    _write(work / "denoiser.pt", {"unet": unet, "text_encoder": text_encoder, "reader": reader}, step=step)
 
 
 def _write(file: Path, modules: dict[str, torch.nn.Module], step: int) -> None:

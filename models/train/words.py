@@ -57,9 +57,9 @@ def caption(emoji: Emoji, colour: str | None, rng: random.Random) -> str:  # noq
         return ""
     if colour:
         return _with_colour(name(emoji), colour, rng)
-    if chance < 0.38:
+    if chance < 0.32:
         return name(emoji)
-    if chance < 0.58:
+    if chance < 0.46:
         return _sentence(name(emoji), rng)
     tags = [t for t in emoji.keywords if t.isascii()]
     if not tags:
