@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "safelight", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
-S3RVER_ENVIRONMENT = S3_ENVIRONMENT | {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}  # it has no others
+# It knows no others.
+S3RVER_ENVIRONMENT = S3_ENVIRONMENT | {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}
 S3RVER = Path(__file__).parent / "node" / "node_modules" / "s3rver" / "bin" / "s3rver.js"
 
 
