@@ -21,7 +21,7 @@ from redis.asyncio import Redis as AsyncRedis
 
 from app.api.auth import Caller
 from app.api.deps import Deps
-from app.api.jobs import _submission
+from app.api.jobs import submission_of
 from app.api.schemas import JobRequest
 from app.core import logs
 from app.core import redis_keys as keys
@@ -144,7 +144,8 @@ def serve_with_empty_route(url: str, port: int, data: str) -> None:
 
     @app.post(EMPTY, status_code=202)
     async def empty(body: JobRequest, request: Request, caller: Caller, deps: Deps) -> dict[str, str]:
-        return {"id": _submission(body, request, deps, None).fingerprint, "tenant": caller.tenant}
+        submission = await submission_of(body, caller, deps, request.state.request_id, None)
+        return {"id": submission.fingerprint, "tenant": caller.tenant}
 
     with listen("127.0.0.1", port) as listener:
         Server(app).run(sockets=[listener])

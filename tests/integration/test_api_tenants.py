@@ -36,6 +36,10 @@ ASKS = {
     ("GET", "/v1/uploads/{upload_id}"): "read",
     ("DELETE", "/v1/uploads/{upload_id}"): "submit",
     ("GET", "/v1/models"): "read",
+    ("GET", "/v1/models/{model:path}"): "read",
+    ("POST", "/v1/images/generations"): "submit",
+    ("POST", "/v1/images/edits"): "submit",
+    ("POST", "/v1/images/variations"): "submit",
     ("GET", "/v1/usage"): "read",
     ("GET", "/v1/workers"): "admin",
     ("GET", "/v1/limits"): "read",
@@ -104,7 +108,7 @@ def admin(guarded):
 
 def call(client, method, path, ids=None, headers=None):
     """Status, body and what matters of the headers of a route; `ids` fill its path."""
-    sent = re.sub(r"{(\w+)}", lambda name: (ids or {}).get(name[1], "x"), path)
+    sent = re.sub(r"{(\w+)(:path)?}", lambda name: (ids or {}).get(name[1], "x"), path)
     headers = {"X-Request-ID": "same"} | (headers or {})
     with client.stream(method, sent, json=BODIES.get(path), headers=headers) as reply:
         is_endless = path in STREAMS and reply.status_code == 200
