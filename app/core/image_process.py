@@ -114,4 +114,4 @@ async def _ask(child: Process, body: bytes) -> tuple[bytes, int, int, bytes]:
 async def _end(child: Process) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    await child.wait()
+    await child.communicate()  # its pipes too are at their end: a loop that is closed with them open fails

@@ -42,7 +42,7 @@ def check_walk(built):
     for index, output in enumerate(done["outputs"]):
         assert built.picture(done, index).shape == (output["height"], output["width"], 3)
         assert output["content_type"] == "image/png"
-    assert done["progress"] == {"phase": "storing", "step": 12, "steps": 12}
+    assert done["progress"] == {"phase": "storing", "step": 12, "steps": 12, "eta_seconds": None}
     assert set(done["timings"]) == {f"{p}_seconds" for p in ("queue", "encode", "denoise", "decode", "store")}
     return done
 
