@@ -200,8 +200,9 @@ class Consumer(BaseWorker):
 
     def _take(self, claim: Claim) -> None:
         log.info("job.claimed", job_id=claim.id, request_id=claim.job.request_id if claim.job else None)
-        if claim.id in self.held:  # our own lease had passed, and the job came back to us
-            self._drop(self.held[claim.id], "lost")
+        if old := self.held.get(claim.id):  # our own lease had passed, or we had passed it on, and it came back to us
+            self._drop(old, "lost")
+            self._forget(old, None)
         held = self.held[claim.id] = HeldJob(claim)
         if claim.job is None:
             held.is_dropped = True
@@ -255,6 +256,8 @@ class Consumer(BaseWorker):
         for held in _drained(self._made):
             self._leave_room(held)
         for held, status in _drained(self._ended):
+            if status is None:
+                self._take_back(held, "failed")  # no run of it may outlive it
             self._forget(held, status)
 
     def _keep_deadlines(self) -> None:

@@ -10,7 +10,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from app.core import failpoints
-from app.core.errors import ContentRefused, SafelightError, StorageUnavailable
+from app.core.errors import ContentRefused, GenerationFailed, SafelightError, StorageUnavailable
 from app.core.job import JobFailure, JobStatus, Output, Role
 from app.core.storage import Storage, digest, object_key
 from worker.encode import EXTENSIONS, Picture, encode, grid
@@ -24,6 +24,10 @@ ENCODE_THREADS: Final = 4
 STORE_THREADS: Final = 8
 COMMIT_THREADS: Final = 4
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds between tries while the store or Redis is away
+
+NOT_ENCODED: Final = GenerationFailed(
+    "The picture could not be written as it was asked for; the service's log says why."
+)
 
 
 class Finisher:
@@ -99,6 +103,9 @@ class Finisher:
                 self._encode(held, len(pictures), grid(pictures), role="grid")
         except ContentRefused as error:
             self._on_refused(held, error)
+        except Exception:
+            log.exception("picture.not_encoded", job_id=held.id)
+            self._on_refused(held, NOT_ENCODED)
 
     def _encode(self, held: HeldJob, index: int, image: Picture, *, role: Role = "image") -> Picture:
         """The picture as it is stored: the safety checker may have it blurred. Raises ContentRefused."""

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import structlog
 from prometheus_client import Counter
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from app.core import redis_keys as keys
 from app.core.batch import Batch, BatchStatus, batch_from_hash
@@ -97,12 +97,13 @@ class Batches:
             await self._queue.check_memory()
             try:
                 await self._plan(tenant, batch_id, members)
-                outcome, found = await self._create(tenant, batch_id, about)
             except BaseException:
                 # Best effort: it goes by itself after a while.
                 with suppress(RedisError, OSError):
                     await asyncio.shield(self._redis.unlink(keys.BATCH_PLAN + batch_id))
                 raise
+            # If only its reply is lost the batch is promised: its plan must stay.
+            outcome, found = await self._create(tenant, batch_id, about)
         if outcome == "mismatch":
             raise _mismatch()
         if outcome == "many":
@@ -230,7 +231,11 @@ class Batches:
         has_worked = False
         for batch_id in ids:
             began = time.monotonic()
-            has_worked |= await self._step(batch_id)
+            try:
+                has_worked |= await self._step(batch_id)
+            except (ValueError, LookupError, TypeError, ResponseError):
+                # Written by another version, or a bug of ours: the other batches go on.
+                log.exception("batch.not_stepped", batch_id=batch_id)
             # As long again as the step took, Redis is there for the others.
             await asyncio.sleep(time.monotonic() - began)
         return has_worked

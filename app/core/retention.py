@@ -33,7 +33,7 @@ def sweep(redis: Redis, storage: Storage) -> int:
         finally:
             pool.shutdown(cancel_futures=True)  # a store that fails or hangs is not asked for the rest of a batch
     _sweep_abandoned(redis, storage)
-    _sweep_uploads(redis, storage)
+    _sweep_uploads(redis, storage, began)
     for batch_id in _due(redis, keys.BATCH_RETENTION):
         keys.BATCH_PURGE.run(redis, batch_id)
     return swept
@@ -47,12 +47,14 @@ def _sweep_abandoned(redis: Redis, storage: Storage) -> None:
         redis.zrem(keys.ABANDONED, entry)
 
 
-def _sweep_uploads(redis: Redis, storage: Storage) -> None:
-    for upload_id in _due(redis, keys.UPLOAD_EXPIRY):
-        keys.FORGET_UPLOAD.run(redis, upload_id, "expired")
-    for key in _due(redis, keys.STRAY_OBJECTS):
-        storage.delete(key)
-        redis.zrem(keys.STRAY_OBJECTS, key)
+def _sweep_uploads(redis: Redis, storage: Storage, began: float) -> None:
+    while time.monotonic() - began < SECONDS and (due := _due(redis, keys.UPLOAD_EXPIRY)):
+        for upload_id in due:
+            keys.FORGET_UPLOAD.run(redis, upload_id, "expired")
+    while time.monotonic() - began < SECONDS and (due := _due(redis, keys.STRAY_OBJECTS)):
+        for key in due:
+            storage.delete(key)
+            redis.zrem(keys.STRAY_OBJECTS, key)
 
 
 def _due(redis: Redis, index: str = keys.RETENTION) -> list[str]:

@@ -73,7 +73,11 @@ local function pop_share(share)
   local high, low = share .. ':high', share .. ':low'
   local turns = {high, high, high, share, high, high, high, share, high, high, high, share, low}
   local waiting = redis.call('EXISTS', WAITING .. high, WAITING .. share, WAITING .. low)
-  if waiting == 0 then return nil end
+  if waiting == 0 then
+    -- What is left in RQ's lists was cancelled.
+    for _, lane in ipairs({high, share, low}) do redis.call('UNLINK', RQ .. 'queue:' .. lane) end
+    return nil
+  end
   local first = share
   if waiting > 1 then
     first = turns[redis.call('INCR', LANE_TURN .. share) % #turns + 1]

@@ -159,6 +159,12 @@ local function enter_batch(id, job, status, at, retention)
   if FINAL[status] then close_batch(batch, at, retention) end
 end
 
+-- The key may be another's by now: it ends a while after it was used, the record a while after the job has ended.
+local function forget_key(tenant, digest, id)
+  local key = digest and IDEMPOTENCY .. tenant .. ':' .. digest
+  if key and string.sub(redis.call('GET', key) or '', -#id) == id then redis.call('DEL', key) end
+end
+
 local function forget_batch(id)
   local held = redis.call('HMGET', BATCH .. id, 'tenant', 'idempotency')
   redis.call('UNLINK', BATCH .. id, BATCH_PLAN .. id, BATCH_JOBS .. id, EVENTS .. id)
@@ -168,7 +174,7 @@ local function forget_batch(id)
   if not held[1] then return end
   redis.call('ZREM', BATCHES .. held[1], id)
   redis.call('SREM', BATCHES_OPEN .. held[1], id)
-  if held[2] then redis.call('DEL', IDEMPOTENCY .. held[1] .. ':' .. held[2]) end
+  forget_key(held[1], held[2], id)
 end
 
 -- The one place a job's status changes: record, indexes, RQ's view, event and webhook together.
@@ -208,6 +214,7 @@ local function requeue(id, lane, at, alone, is_last)
   redis.call('ZREM', RQ .. 'wip:' .. lane, id .. ':' .. fence)
   redis.call('HINCRBY', JOB .. id, 'fence', 1)
   redis.call('HDEL', JOB .. id, 'worker', 'progress', 'started_at')
+  if not is_last then redis.call('HDEL', JOB .. id, 'unread_since') end
   enter(id, 'queued', at, 0)
   if alone then
     redis.call('RPUSH', ALONE .. queue_of(lane), id)

@@ -18,5 +18,5 @@ if job.batch then
   redis.call('ZREM', BATCH_JOBS .. job.batch .. ':' .. job.status, id)
 end
 for upload in string.gmatch(job.uploads or '', 'upload_%w+') do redis.call('SREM', UPLOAD_JOBS .. upload, id) end
-if job.idempotency then redis.call('DEL', IDEMPOTENCY .. job.tenant .. ':' .. job.idempotency) end
+forget_key(job.tenant, job.idempotency, id)
 return 1
