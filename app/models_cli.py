@@ -101,9 +101,13 @@ def add(name: str, source: str, revision: str | None, config: Path | None) -> No
     folder = _locate(spec, only_local=False)
     entry |= _usual(model_check.check(spec, folder)) | {"sha256": _hashes(spec, folder)}
     text = _toml(name, entry)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(text)
-    load_catalog(file)
+    trial = file.with_name(f".{file.name}.new")  # beside it: what it names relative to its folder is found
+    try:
+        trial.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
+        load_catalog(trial)
+        trial.replace(file)
+    finally:
+        trial.unlink(missing_ok=True)
     click.echo(f"{name} is in {file}; workers know it when they have been started again")
 
 
@@ -145,11 +149,15 @@ def _toml(name: str, entry: dict[str, Any]) -> str:
     """A table and its sub-tables; JSON's texts, numbers and lists are TOML's too."""
     tables = {key: value for key, value in entry.items() if isinstance(value, dict)}
     plain = {key: value for key, value in entry.items() if key not in tables}
-    lines = ["", f"[models.{json.dumps(name)}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
+    lines = ["", f"[models.{json.dumps(name)}]", *(f"{key} = {_quoted(value)}" for key, value in plain.items())]
     for table, values in tables.items():
         lines += ["", f"[models.{json.dumps(name)}.{table}]"]
-        lines += [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()]
+        lines += [f"{_quoted(key)} = {_quoted(value)}" for key, value in values.items()]
     return "\n".join([*lines, ""])
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML knows no halves of a surrogate pair
 
 
 def _size(spec: ModelSpec) -> str:

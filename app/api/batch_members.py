@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from fastapi.exceptions import RequestValidationError
@@ -140,6 +140,11 @@ class Pictures:
             change["controls"] = [control.model_copy(update={"image": image}) for control, image in pairs]
         return request.model_copy(update=change) if change else request
 
+    def known(self, member: Mapping[str, Any]) -> dict[str, Any]:
+        """The member with the ids of pictures that were taken in for an earlier one: they may be megabytes of text."""
+        named = {field: member.get(field) for field in ("image", "mask")}
+        return dict(member) | {f: self._known[n] for f, n in named.items() if isinstance(n, str) and n in self._known}
+
     async def _upload(self, name: str) -> str:
         if UPLOAD_ID.fullmatch(name):
             return name
@@ -163,7 +168,7 @@ async def submissions(
         if index % YIELD_EVERY == 0:
             await asyncio.sleep(0)
         try:
-            request = JobRequest.model_validate(member)
+            request = JobRequest.model_validate(pictures.known(member))
             yield await submission_of(await pictures.settle(request), caller, deps, request_id, None)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)

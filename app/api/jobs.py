@@ -128,7 +128,16 @@ async def hand_in(
     body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
 ) -> Submitted:
     """The one way a request becomes a job, whatever its dialect. Raises what its checks and the queue raise."""
+    # Before its pictures are looked at: what they were may be gone when the same is asked again.
+    if idempotency_key and (known := await deps.queue.find(caller.tenant, idempotency_key, fingerprint_of(body))):
+        return Submitted(known, is_new=False, bucket=None)
     return await deps.queue.submit(caller.tenant, await submission_of(body, caller, deps, request_id, idempotency_key))
+
+
+def fingerprint_of(body: JobRequest) -> str:
+    """What tells a repeat from another request under the same Idempotency-Key."""
+    canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 async def submission_of(
@@ -137,7 +146,6 @@ async def submission_of(
     """A request as the queue takes it, checked and complete. Raises what its checks raise."""
     if body.webhook:
         deps.guard.check_url(body.webhook.url)
-    canonical = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
     return Submission(
         params=await deps.inputs.complete(caller.tenant, body.generation(), deps.catalog),
         priority=body.priority,
@@ -145,7 +153,7 @@ async def submission_of(
         webhook=body.webhook,
         metadata=body.metadata,
         idempotency_key=idempotency_key,
-        fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
+        fingerprint=fingerprint_of(body),
         request_id=request_id,
     )
 

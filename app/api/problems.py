@@ -123,7 +123,9 @@ def translated(error: HTTPException) -> SafelightError:
     """What the framework refused, as an error of ours."""
     match error.status_code:
         case HTTPStatus.BAD_REQUEST:  # FastAPI's word for a body that is not JSON, and not even text
-            return InvalidRequest("the body is not JSON")
+            return InvalidRequest(
+                "the body cannot be read: it is not what its Content-Type says, or has too many parts"
+            )
         case HTTPStatus.NOT_FOUND:
             return NotFound("there is nothing at this address")
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:

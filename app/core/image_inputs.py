@@ -1,7 +1,7 @@
 """ImageInputs: the pictures that a request names, in whatever way, become uploads of its tenant."""
 
+import asyncio
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -10,7 +10,7 @@ import httpx2
 
 from app.core.addresses import AddressGuard, guarded_client, read_limited
 from app.core.catalog import Catalog
-from app.core.errors import ImageRefused, InvalidParams, NotFound, TooLarge
+from app.core.errors import ImageRefused, InvalidParams, NotFound, Overloaded, TooLarge
 from app.core.image_process import ImageProcesses
 from app.core.images import MAX_BYTES
 from app.core.job import Output
@@ -20,6 +20,7 @@ from app.core.storage import Storage
 from app.core.tasks import Size, check_masks
 from app.core.uploads import UPLOAD_ID, Upload, Uploads
 
+FETCHES: Final = 8  # at a time: each may hold MAX_BYTES
 FETCH_SECONDS: Final = 20.0  # for the whole of a picture
 _OUTPUT: Final = re.compile(r"(job_[0-9a-hjkmnp-tv-z]{26})(?:/([0-9]{1,4}))?", re.ASCII)
 _DATA: Final = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.ASCII | re.IGNORECASE)
@@ -36,6 +37,7 @@ class ImageInputs:
         self._uploads = uploads
         self._processes = processes
         self._guard = guard
+        self._fetches = asyncio.Semaphore(FETCHES)
 
     async def complete(self, tenant: str, request: GenerationRequest, catalog: Catalog) -> GenerationParams:
         """The request's complete params, its pictures taken in.
@@ -66,7 +68,10 @@ class ImageInputs:
         if name[:5].lower() == "data:":
             return await self.keep(tenant, decode_data_url(name))
         if name[:8].lower().startswith(("https://", "http://")):
-            return await self.keep(tenant, await self._fetch(name))
+            if self._fetches.locked():
+                raise Overloaded("too many pictures are being fetched; try again", retry_after=2)
+            async with self._fetches:
+                return await self.keep(tenant, await self._fetch(name))
         raise InvalidParams("write an upload's id, job_.../N, a data URL with base64, or an https URL")
 
     async def _find_all(self, tenant: str, request: GenerationRequest) -> dict[str, Upload]:
@@ -114,7 +119,7 @@ def decode_data_url(text: str) -> bytes:
         raise InvalidParams("a data URL begins with data:image/png;base64, (or jpeg, or webp)")
     try:
         return base64.b64decode(text[head.end() :], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # damaged, or not even ASCII
         raise InvalidParams("the data URL's base64 is damaged") from error
 
 

@@ -50,6 +50,8 @@ def clean_image(upload: bytes) -> CleanImage:
                 _check_shape(image)
                 image.load()
                 upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I"):  # 16 bits a pixel, as depth maps have: Pillow would cut, not scale
+                    upright = upright.point(lambda value: value * (1 / 256)).convert("L")
                 return _encoded(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageRefused(f"The image has too many pixels; at most {MAX_PIXELS} are accepted.") from error

@@ -122,7 +122,7 @@ def bucket_of(reply: list[Any]) -> Bucket | None:
 
 
 def _flat(changes: Mapping[str, float | None]) -> list[str]:
-    return [part for name, value in changes.items() for part in (name, "" if value is None else f"{value:g}")]
+    return [part for name, value in changes.items() for part in (name, "" if value is None else f"{value:.15g}")]
 
 
 def _pairs(flat: list[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from app.core import aspect, prompt_weights
 from app.core.catalog import MAX_STEPS, Catalog, ModelAlias, ModelName, ModelSpec
 from app.core.errors import InvalidParams
-from app.core.tasks import Size, check_strength, check_task, default_size, default_strength, unique
+from app.core.tasks import Size, check_margins, check_strength, check_task, default_size, default_strength, unique
 
 MAX_SEED = 2**32 - 1
 MAX_LORAS = 4
@@ -153,7 +153,9 @@ def complete(request: GenerationRequest, catalog: Catalog, sizes: Mapping[str, S
     drawn = {"seed": secrets.randbelow(MAX_SEED + 1), "num_images": 1, "output_format": "png"}
     drawn |= {"strength": default_strength(request)}
     if request.image is not None:
-        size = default_size(request, (sizes or {})[request.image], spec)
+        image = (sizes or {})[request.image]
+        check_margins(request.outpaint, image)
+        size = default_size(request, image, spec)
         drawn |= {"width": size.width, "height": size.height}
     params = GenerationParams.model_validate({"model": spec.name, **spec.defaults.model_dump(), **drawn, **given})
     _check_unused(request, spec)
@@ -193,9 +195,12 @@ def _shaped(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
 
 def _check_unused(request: GenerationRequest, spec: ModelSpec) -> None:
     """What the model has no use for is refused: a picture must not lie about what it was made from."""
-    if request.negative_prompt and "negative_prompt" not in spec.accepts:
+    if request.negative_prompt not in {None, "", spec.defaults.negative_prompt} and (
+        "negative_prompt" not in spec.accepts
+    ):
         raise InvalidParams(f"negative_prompt must be empty: model {spec.name!r} has no use for it")
-    if request.guidance_scale is not None and "guidance_scale" not in spec.accepts:
+    # Its default stands in every job's params, which may be sent again.
+    if request.guidance_scale not in {None, spec.defaults.guidance_scale} and "guidance_scale" not in spec.accepts:
         raise InvalidParams(f"guidance_scale must be left out: model {spec.name!r} has no use for it")
     if request.prompt_weighting:
         if "prompt_weighting" not in spec.accepts:

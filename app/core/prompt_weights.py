@@ -11,6 +11,7 @@ from app.core.errors import InvalidParams
 
 STEP: Final = 1.1
 LEAST, MOST = 0.0, 3.0
+MAX_DEPTH: Final = 20
 MAX_PARTS: Final = 100  # each that counts less than the rest is encoded once more
 _TOKEN: Final = re.compile(r"\\[()\[\]\\]|:\s*([+-]?[0-9.]+)\s*\)|[()\[\]]|[^()\[\]\\:]+|.", re.DOTALL)
 _ADAPTER: Final = re.compile(r"<(lora|lyco|hypernet):", re.IGNORECASE)
@@ -46,6 +47,8 @@ def parse(prompt: str) -> list[Part]:
         text = found[0]
         if text in ("(", "["):
             opened.append(_Open(text, len(parts)))
+            if len(opened) > MAX_DEPTH:
+                raise ValueError(f"brackets nest {MAX_DEPTH} deep at most")
         elif text in (")", "]") or found[1]:
             _close(parts, opened, text[-1], _number(found[1]) if found[1] else None)
         else:

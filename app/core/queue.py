@@ -94,7 +94,7 @@ class JobQueue:
         """
         job_id = new_job_id()
         lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority, tenant)
-        digest = hashlib.sha256(submission.idempotency_key.encode()).hexdigest() if submission.idempotency_key else ""
+        digest = _digest(submission.idempotency_key) if submission.idempotency_key else ""
         async with reachable():
             await self.check_memory()
             outlook = await self.outlook(tenant, submission)
@@ -115,7 +115,7 @@ class JobQueue:
         if outcome == "no_upload":
             raise InvalidParams(f"there is no upload {found}: it has expired or was deleted; upload the picture again")
         if outcome == "mismatch":
-            raise IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")
+            raise _mismatch()
         if outcome in REFUSALS:
             raise refusal(outcome, float(found), bucket_of(bucket))
         return Submitted(await self.get(tenant, found), outcome == "created", bucket_of(bucket))
@@ -134,6 +134,20 @@ class JobQueue:
         if self._forecast is None:
             return None
         return await self._forecast.of_request(tenant, submission.params, submission.priority)
+
+    async def find(self, tenant: str, idempotency_key: str, fingerprint: str) -> Job | None:
+        """The job that this Idempotency-Key has made. Raises IdempotencyMismatch where it was another request's."""
+        async with reachable():
+            known: Any = await self._redis.get(f"{keys.IDEMPOTENCY}{tenant}:{_digest(idempotency_key)}")
+        if known is None:
+            return None
+        first, _, found = known.partition(" ")
+        if first != fingerprint:
+            raise _mismatch()
+        try:
+            return await self.get(tenant, found)
+        except NotFound:  # its record has just gone, and the key with it
+            return None
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """The job, with its place in the queue if it waits. Raises NotFound, for another tenant's job too."""
@@ -259,3 +273,11 @@ def _rq_fields(job_id: str, queue: str) -> Texts:
     # reads it back with RQ. Not compressed: RQ takes both, and so short a text grows.
     call = json.dumps([RQ_FUNCTION, None, [job_id], {}], separators=(",", ":"))
     return ["created_at", rq_time(), "data", call, "origin", queue]
+
+
+def _digest(idempotency_key: str) -> str:
+    return hashlib.sha256(idempotency_key.encode()).hexdigest()
+
+
+def _mismatch() -> IdempotencyMismatch:
+    return IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")

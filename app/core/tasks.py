@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from app.core.catalog import Ability, Limits, ModelSpec
 from app.core.errors import InvalidParams
+from app.core.images import MAX_PIXELS
 
 if TYPE_CHECKING:
-    from app.core.params import GenerationParams, GenerationRequest
+    from app.core.params import GenerationParams, GenerationRequest, Margins
 
 # How much of the picture is painted anew: strength 0 leaves it, 1 starts from noise alone.
 VARIATION_STRENGTH: Final = {"subtle": 0.4, "strong": 0.8}
@@ -140,6 +141,15 @@ def check_strength(params: "GenerationParams") -> None:
         )
 
 
+def check_margins(outpaint: "Margins | None", image: Size) -> None:
+    """Raises InvalidParams for a canvas that no worker should hold."""
+    if outpaint is None:
+        return
+    canvas = (image.width + outpaint.left + outpaint.right) * (image.height + outpaint.top + outpaint.bottom)
+    if canvas > MAX_PIXELS:
+        raise InvalidParams(f"outpaint: the image and its margins have {canvas} pixels; at most {MAX_PIXELS} are taken")
+
+
 def default_size(request: "GenerationRequest", image: Size, spec: ModelSpec) -> Size:
     """The size of what is made of an image, where the request names none or one side only.
 
@@ -156,9 +166,12 @@ def default_size(request: "GenerationRequest", image: Size, spec: ModelSpec) -> 
         scale = request.height / factor / height
     else:
         scale = _scale(width, height, spec.limits, spec.limits.max_upscaled_pixels / factor**2)
-    sides = (_snapped(side * scale, spec.limits) * factor for side in (width, height))
-    made = Size(*sides)
-    return Size(request.width or made.width, request.height or made.height)
+    most = min(spec.limits.max_pixels, spec.limits.max_upscaled_pixels / factor**2)
+    sides = [_snapped(side * scale, spec.limits) for side in (width, height)]
+    if not (request.width or request.height) and sides[0] * sides[1] > most:  # both were rounded up
+        half = spec.limits.multiple_of / 2
+        sides = [_snapped(side * scale - half, spec.limits) for side in (width, height)]
+    return Size(request.width or sides[0] * factor, request.height or sides[1] * factor)
 
 
 def _scale(width: float, height: float, limits: Limits, most_pixels: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 
 from app.core import redis_keys as keys
-from app.core.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from app.core.errors import Conflict, InvalidRequest, LimitReached, NotFound
 from app.core.images import CleanImage
 from app.core.queue import reachable
 from app.core.storage import Storage, digest, upload_key
@@ -63,7 +63,7 @@ class Uploads:
     async def put(self, tenant: str, image: CleanImage) -> Upload:
         """Keep a picture, or keep it longer where it is there already.
 
-        Raises Overloaded where the tenant has too many, StorageUnavailable, QueueUnavailable.
+        Raises LimitReached where the tenant has too many, StorageUnavailable, QueueUnavailable.
         """
         found = upload_id(tenant, image.body)
         key = upload_key(found, secrets.token_hex(8))
@@ -71,7 +71,7 @@ class Uploads:
             # Before the object is there its key is among those to sweep: if we die, it does not stay for good.
             known = await keys.BEGIN_UPLOAD.call(self._redis, found, tenant, self._retention_ms, key, MOST)
         if known == "full":
-            raise Overloaded(f"there are {MOST} uploads of yours; delete some, or wait until they expire")
+            raise LimitReached(f"there are {MOST} uploads of yours; delete some, or wait until they expire")
         if known:
             return _upload(found, known)
         await self._storage.put_async(key, image.body, "image/png")

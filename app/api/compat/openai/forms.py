@@ -64,7 +64,12 @@ def _pictures(form: FormData, files: Sequence[str]) -> dict[str, UploadFile]:
 
 
 def _fields(form: FormData, kind: type[T]) -> T:
-    given = {key: text for key, text in form.multi_items() if isinstance(text, str)}
+    given: dict[str, str] = {}
+    for key, text in form.multi_items():
+        if key in given:
+            raise Refused(f"{key} is given twice", param=key)
+        if isinstance(text, str):
+            given[key] = text
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from app.core.params import MAX_SEED, OutputFormat
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 ShownQuality = Literal["low", "medium", "high", "xhigh", "max"]
 ResponseFormat = Literal["b64_json", "url"]
-Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
+Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$")]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 EndUser = Annotated[str, StringConstraints(max_length=256)]
 
