@@ -11,7 +11,8 @@ run: .venv/run.stamp
 	@SAFELIGHT_HOST=$(HOST) SAFELIGHT_PORT=$(PORT) SAFELIGHT_DATA=$(DATA) exec $(BIN)/safelight up
 
 test: check servers tests/node/node_modules tests/litellm/.venv/ready
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not alone and not images and not gpu"
+	$(BIN)/pytest -q -m alone
 
 # The benchmarks, twenty-five minutes, into benchmarks/results/ and docs/benchmarks.md: make bench BENCH="mixed alone"
 # for some of them, BENCH=--help for their names.

@@ -25,6 +25,18 @@ from app.core.storage import object_key
 from app.main import Server, create_app, listen
 from tests.servers import redis_server as start_redis
 
+# What measures time, or waits for a bound of it, has the machine to itself.
+ALONE = (
+    "tests/benchmarks/",
+    "tests/chaos/",
+    "tests/simulation/",
+    "tests/e2e/test_walk.py",
+    "tests/integration/test_deadlines.py",
+    "tests/integration/test_estimates.py",
+    "tests/integration/test_limits_load.py",
+    "tests/integration/test_sender.py",
+)
+
 CATALOG = """
 [models.{name}]
 title = "Tiny"
@@ -46,6 +58,12 @@ max_images = 4
 max_prompt = 200
 """
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 # As in production, but through logging, so that pytest shows them where a test fails.

@@ -17,7 +17,7 @@ from models.train.timing import timing
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "models" / "emoji"
 # How many steps the published weights had: where the learning rate would be zero, and where training ended.
-STEPS = {"autoencoder": 3800, "decoder": 560, "denoiser": 5300, "lora": 300}
+STEPS = {"autoencoder": 3800, "decoder": 560, "denoiser": 14000, "lora": 300}
 UNTIL = STEPS | {"autoencoder": 2700}
 SMOKE = 50  # steps of each part in a trial of the whole way
 TRIAL = ("fetch", "autoencoder", "decoder", "denoiser", "lora", "export")
