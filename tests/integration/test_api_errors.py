@@ -11,7 +11,6 @@ from app.api import middleware
 from app.api.middleware import MAX_BODY
 from tests.integration.test_api_jobs import NOBODY
 
-
 # How failures are documented: our own, and those of OpenAI's dialect.
 SHAPES = {False: ("application/problem+json", "Problem"), True: ("application/json", "ErrorReply")}
 
