@@ -28,6 +28,7 @@ from app.core.addresses import AddressGuard
 from app.core.api_keys import KeyRing
 from app.core.batches import Batches
 from app.core.catalog import Catalog, load_catalog
+from app.core.chores import stop
 from app.core.connections import check_server, connect, connect_async
 from app.core.endpoints import Endpoints
 from app.core.errors import ConfigError, QueueUnavailable
@@ -124,10 +125,7 @@ def _lifespan(
         try:
             yield
         finally:
-            for chore in chores:
-                chore.cancel()
-                with suppress(asyncio.CancelledError):
-                    await chore
+            await stop(*chores)
             await hub.stop()
             await processes.close()
             await redis.aclose()

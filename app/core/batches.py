@@ -169,7 +169,8 @@ class Batches:
                 is_idle = True
             if is_idle:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._bell.wait(), LOOK_SECONDS)
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._bell.wait()
 
     async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> None:
         key, lines, index = keys.BATCH_PLAN + batch_id, Texts(), 0

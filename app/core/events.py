@@ -18,6 +18,7 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
 from app.core import redis_keys as keys
+from app.core.chores import stop
 
 log = structlog.get_logger()
 RECONNECT_SECONDS = 0.5
@@ -122,10 +123,7 @@ class Hub:
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._read_all())]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        await stop(*self._tasks)
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
     @asynccontextmanager
