@@ -74,7 +74,7 @@ def test_a_running_job_shows_its_workers_own_eta(client, known, worker, redis):
 
 def test_what_was_expected_is_about_what_happens(tmp_path, forks):
     """A small form of 500 jobs: `JOBS=500` makes that many."""
-    jobs, dice = int(os.environ.get("JOBS", "60")), random.Random(SEED)
+    jobs, dice = int(os.environ.get("JOBS", "120")), random.Random(SEED)
     wanted = [
         # Of one priority: who comes later and goes first cannot be foreseen.
         {"num_inference_steps": dice.choice([8, 12, 20, 30]), "num_images": dice.choice([1, 1, 2])}
