@@ -116,14 +116,6 @@ async def _rehearse(body: JobRequest, caller: Identity, deps: Services, request_
     )
 
 
-async def enqueue(
-    body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
-) -> tuple[Job, bool]:
-    """As `hand_in`: the job, and whether it is new."""
-    job, is_new, _ = await hand_in(body, caller, deps, request_id, idempotency_key)
-    return job, is_new
-
-
 async def hand_in(
     body: JobRequest, caller: Identity, deps: Services, request_id: str, idempotency_key: str | None = None
 ) -> Submitted:

@@ -6,7 +6,6 @@ a few milliseconds, and only as fast as the tenant's limits let jobs in.
 """
 
 import asyncio
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterable, Mapping
@@ -21,10 +20,10 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.core import redis_keys as keys
 from app.core.batch import Batch, BatchStatus, batch_from_hash
-from app.core.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound, Overloaded, Unavailable
+from app.core.errors import Conflict, NotFound, Overloaded, Unavailable
 from app.core.job import JobStatus, Priority, new_id, new_job_id
 from app.core.params import GenerationParams
-from app.core.queue import JobQueue, Page, Submission, _fields, _rq_fields, reachable
+from app.core.queue import JobQueue, Page, Submission, key_digest, key_mismatch, reachable, record_fields, rq_fields
 
 log = structlog.get_logger()
 
@@ -76,12 +75,12 @@ class Batches:
         if about.idempotency_key is None:
             return None
         async with reachable():
-            known: Any = await self._redis.get(f"{keys.IDEMPOTENCY}{tenant}:{_digest(about.idempotency_key)}")
+            known: Any = await self._redis.get(f"{keys.IDEMPOTENCY}{tenant}:{key_digest(about.idempotency_key)}")
         if known is None:
             return None
         fingerprint, _, found = known.partition(" ")
         if fingerprint != about.fingerprint:
-            raise _mismatch()
+            raise key_mismatch()
         return await self.get(tenant, found)
 
     async def create(
@@ -105,7 +104,7 @@ class Batches:
             # If only its reply is lost the batch is promised: its plan must stay.
             outcome, found = await self._create(tenant, batch_id, about)
         if outcome == "mismatch":
-            raise _mismatch()
+            raise key_mismatch()
         if outcome == "many":
             raise Conflict(f"you have {MAX_OPEN} batches that have not ended; wait for one, or cancel it")
         if outcome == "torn":
@@ -193,9 +192,9 @@ class Batches:
         """What submit.lua takes to queue it, but for the rules of admission, which are those of that moment."""
         job_id = new_job_id()
         lane = keys.lane_name(keys.queue_name(member.params.model), member.priority, tenant)
-        fields = _fields(member) | await self._queue.work(member) | {"batch": batch_id, "batch_index": str(index)}
+        fields = record_fields(member) | await self._queue.work(member) | {"batch": batch_id, "batch_index": str(index)}
         about = [job_id, tenant, lane, "", "-", self._retention_ms, json.dumps(fields), ""]
-        return json.dumps([*about, *_rq_fields(job_id, lane)], separators=(",", ":"))
+        return json.dumps([*about, *rq_fields(job_id, lane)], separators=(",", ":"))
 
     async def _create(self, tenant: str, batch_id: str, about: BatchSubmission) -> tuple[str, str]:
         fields = {"total": str(about.total)}
@@ -205,7 +204,7 @@ class Batches:
             fields["metadata"] = json.dumps(about.metadata)
         if about.request_id:
             fields["request_id"] = about.request_id
-        digest = _digest(about.idempotency_key) if about.idempotency_key else ""
+        digest = key_digest(about.idempotency_key) if about.idempotency_key else ""
         outcome, found = await keys.BATCH_CREATE.call(
             self._redis, batch_id, tenant, digest, about.fingerprint, self._retention_ms, json.dumps(fields), MAX_OPEN
         )
@@ -270,11 +269,3 @@ class Batches:
             priority=cast(Priority, lane.partition(":")[2] or "normal"),
         )
         return self._queue.rules(await self._queue.outlook(tenant, member), part=PART)
-
-
-def _digest(idempotency_key: str) -> str:
-    return hashlib.sha256(idempotency_key.encode()).hexdigest()
-
-
-def _mismatch() -> InvalidRequest:
-    return IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")

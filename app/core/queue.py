@@ -94,7 +94,7 @@ class JobQueue:
         """
         job_id = new_job_id()
         lane = keys.lane_name(keys.queue_name(submission.params.model), submission.priority, tenant)
-        digest = _digest(submission.idempotency_key) if submission.idempotency_key else ""
+        digest = key_digest(submission.idempotency_key) if submission.idempotency_key else ""
         async with reachable():
             await self.check_memory()
             outlook = await self.outlook(tenant, submission)
@@ -107,15 +107,15 @@ class JobQueue:
                 digest,
                 submission.fingerprint or "-",
                 self._retention_ms,
-                json.dumps(_fields(submission) | ({"work": outlook.work} if outlook else {})),
+                json.dumps(record_fields(submission) | ({"work": outlook.work} if outlook else {})),
                 self.rules(outlook),
-                *_rq_fields(job_id, lane),
+                *rq_fields(job_id, lane),
             )
             failpoints.reach("after_submit", found)
         if outcome == "no_upload":
             raise InvalidParams(f"there is no upload {found}: it has expired or was deleted; upload the picture again")
         if outcome == "mismatch":
-            raise _mismatch()
+            raise key_mismatch()
         if outcome in REFUSALS:
             raise refusal(outcome, float(found), bucket_of(bucket))
         return Submitted(await self.get(tenant, found), outcome == "created", bucket_of(bucket))
@@ -138,12 +138,12 @@ class JobQueue:
     async def find(self, tenant: str, idempotency_key: str, fingerprint: str) -> Job | None:
         """The job that this Idempotency-Key has made. Raises IdempotencyMismatch where it was another request's."""
         async with reachable():
-            known: Any = await self._redis.get(f"{keys.IDEMPOTENCY}{tenant}:{_digest(idempotency_key)}")
+            known: Any = await self._redis.get(f"{keys.IDEMPOTENCY}{tenant}:{key_digest(idempotency_key)}")
         if known is None:
             return None
         first, _, found = known.partition(" ")
         if first != fingerprint:
-            raise _mismatch()
+            raise key_mismatch()
         try:
             return await self.get(tenant, found)
         except NotFound:  # its record has just gone, and the key with it
@@ -246,7 +246,8 @@ def _position(cursor: str) -> int:
     return int(cursor)
 
 
-def _fields(submission: Submission) -> dict[str, str]:
+def record_fields(submission: Submission) -> dict[str, str]:
+    """What the caller handed in, as the fields of a job's record."""
     # Without defaults: a worker of the version before can read a job that asks for nothing new.
     fields = {"params": submission.params.model_dump_json(exclude_defaults=True)}
     if uploads := submission.params.uploads:
@@ -268,16 +269,19 @@ def rq_time(at: datetime | None = None) -> str:
     return (at or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def _rq_fields(job_id: str, queue: str) -> Texts:
+def rq_fields(job_id: str, queue: str) -> Texts:
+    """RQ's own hash of the job: field, value, field, value."""
     # The least that RQ's Job.restore reads, because a million waiting jobs have a million of these; test_rq_contract
     # reads it back with RQ. Not compressed: RQ takes both, and so short a text grows.
     call = json.dumps([RQ_FUNCTION, None, [job_id], {}], separators=(",", ":"))
     return ["created_at", rq_time(), "data", call, "origin", queue]
 
 
-def _digest(idempotency_key: str) -> str:
+def key_digest(idempotency_key: str) -> str:
+    """How an Idempotency-Key is kept: SHA-256, in hex."""
     return hashlib.sha256(idempotency_key.encode()).hexdigest()
 
 
-def _mismatch() -> IdempotencyMismatch:
+def key_mismatch() -> IdempotencyMismatch:
+    """The error for a key under which another request came before."""
     return IdempotencyMismatch("this Idempotency-Key was used for another request; use a new key")
