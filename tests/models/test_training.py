@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from models.train import autoencoder, denoiser, judge, lora, pictures
+from models.train import autoencoder, denoiser, judge, lora, pictures, sources
 from models.train.export import export
 from models.train.pictures import Pool
 from models.train.sheet import contact_sheet
@@ -208,3 +209,16 @@ def test_a_contact_sheet_has_a_row_for_every_so_many_pictures(tmp_path):
     contact_sheet(tmp_path / "sheet.png", np.zeros((5, 64, 64, 3), np.uint8), 3, [*"abcde"])
     with Image.open(tmp_path / "sheet.png") as written:
         assert written.size == (192, 150)
+
+
+def test_a_package_is_unpacked_whole_whatever_an_earlier_try_left(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "words.json").write_text("[]")
+    archive = tmp_path / "words.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "package", "package")
+    (tmp_path / "words.part" / "package").mkdir(parents=True)
+    (tmp_path / "words.part" / "package" / "half").touch()
+    sources.unpack(archive, tmp_path / "words")
+    assert [file.name for file in (tmp_path / "words" / "package").iterdir()] == ["words.json"]
+    assert not (tmp_path / "words.part").exists()
