@@ -19,6 +19,7 @@ from app.core.api_keys import ApiKey, Scope, check_tenant
 from app.core.connections import connect
 from app.core.errors import ConfigError, QueueUnavailable, SafelightError
 from app.core.limits import set_limits
+from app.core.pages import huge_pages
 from app.core.settings import Settings, load_settings
 from app.embedded_redis import find
 from app.models_cli import models
@@ -53,7 +54,8 @@ def api() -> None:
 def worker() -> None:
     """Run a worker, which makes the pictures."""
     load_settings()
-    os.execv(sys.executable, [sys.executable, "-m", "worker.main"])  # noqa: S606  # app never imports worker
+    # app never imports worker
+    os.execve(sys.executable, [sys.executable, "-m", "worker.main"], huge_pages(os.environ))  # noqa: S606
 
 
 @commands.command()

@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 Commands = Mapping[str, Sequence[str]]
 COMMANDS: Final[Commands] = {
     "api": (sys.executable, "-m", "app.cli", "api"),
-    "worker": (sys.executable, "-m", "worker.main"),
+    "worker": (sys.executable, "-m", "app.cli", "worker"),
     "sender": (sys.executable, "-m", "app.cli", "sender"),
 }
 

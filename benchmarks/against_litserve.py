@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import servers
+from benchmarks.alike import alike
 from benchmarks.drive import closed_loop
 from benchmarks.results import FOLDER, Result
 from benchmarks.servers import Server
@@ -21,8 +22,8 @@ from benchmarks.workload import identical, mixed
 
 LEAST = {"identical": 0.95, "mixed": 1.6}
 DRAW = {"identical": identical, "mixed": mixed}
-SIZES = (4, 6, 8, 12)
-TRIAL = 24  # requests to try a batch size with
+SIZES = (4, 8, 12, 16, 24)
+TRIAL = 48  # requests to try a batch size with
 
 
 def best_size(folder: Path, kind: str, threads: int, seed: int) -> tuple[int, dict[int, float]]:
@@ -98,4 +99,5 @@ def report(asked: argparse.Namespace, known: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    alike()
     main()

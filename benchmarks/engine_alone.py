@@ -16,6 +16,7 @@ import torch
 
 from app.core.catalog import Defaults, ModelSpec
 from app.core.params import GenerationParams
+from benchmarks.alike import alike
 from benchmarks.results import FOLDER, Result
 from worker.engine.engine import Engine
 from worker.pipelines.load import WarmModel, load
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    alike()
     main()

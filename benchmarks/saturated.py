@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import bare, servers
+from benchmarks.alike import alike
 from benchmarks.drive import closed_loop
 from benchmarks.results import FOLDER, Result
 from benchmarks.rivals.painter import Painter
@@ -127,4 +128,5 @@ def report(asked: argparse.Namespace, wishes: Sequence[Wish], times: Times) -> N
 
 
 if __name__ == "__main__":
+    alike()
     main()

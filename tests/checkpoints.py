@@ -36,6 +36,62 @@ def write_single(folder: Path, file: Path, config: Path) -> tuple[Path, Path]:
     return file, config
 
 
+def controlnet(seed: int) -> Any:
+    """A ControlNet for the tiny Stable Diffusion."""
+    net = D.ControlNetModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(4, 8, 8, 16),
+    ).eval()
+    random = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():  # a new ControlNet is all zeros where it joins
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
+    return net
+
+
+def four_times() -> Any:
+    """diffusers' x4 upscaler: the small picture beside the latents, its noise level as a class."""
+    parts = build().components
+    unet = {**UNET, "in_channels": 7, "cross_attention_dim": 32, "attention_head_dim": 4, "num_class_embeds": 100}
+    autoencoder = D.AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.08333,
+    )
+    torch.manual_seed(0)
+    return D.StableDiffusionUpscalePipeline(
+        vae=autoencoder.eval(),
+        unet=D.UNet2DConditionModel(**unet).eval(),
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        low_res_scheduler=D.DDPMScheduler(),
+        scheduler=parts["scheduler"],
+    )
+
+
+def two_times() -> Any:
+    """diffusers' latent upscaler: the picture's latents, twice as large, beside the noise."""
+    parts = build().components
+    torch.manual_seed(0)
+    unet = D.UNet2DConditionModel(
+        **UNET, in_channels=8, out_channels=5, cross_attention_dim=32, attention_head_dim=4, time_cond_proj_dim=160
+    )
+    return D.StableDiffusionLatentUpscalePipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        unet=unet.eval(),
+        scheduler=D.EulerDiscreteScheduler(),
+    )
+
+
 def table(name: str, source: Path, **options: Any) -> str:
     """Its entry in models.toml; options are TOML's own text."""
     is_flow = name.startswith(("sd3", "flux"))

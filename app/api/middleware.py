@@ -27,6 +27,10 @@ LARGER: Final = {  # bytes, where pictures come along: base64 in JSON, or as the
     "/v1/images/edits": 43 * 2**20,  # an image and its mask
     "/v1/images/variations": 21 * 2**20,
 }
+# Quotes, commas and opening brackets in JSON. Parsing and checking hold up everyone: 8 MiB of them are three seconds.
+MAX_MARKS: Final = 100_000
+MORE_MARKS: Final = {"/v1/batches": 1_000_000}  # ten thousand requests, with their prompts
+MARKS: Final = (b'"', b",", b"[", b"{")
 BODY_SECONDS: Final = 30.0  # from the request's head to the end of its body
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNLOGGED: Final = frozenset({"/livez", "/readyz", "/metrics", "/metrics/targets"})  # asked every few seconds
@@ -39,6 +43,7 @@ SECURITY: Final = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 NO_CONTENT: Final = "default-src 'none'; frame-ancestors 'none'"  # of what is data, should a browser take it for a page
+CLOSE: Final = {"connection": "close"}  # the rest of the body is not read
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
@@ -86,6 +91,7 @@ class RequestContext:
 class BodyLimit:
     """Refuses bodies over `MAX_BODY` (or what `LARGER` says of a path) and those that take longer than `BODY_SECONDS`.
 
+    What is not multipart may be read as JSON, and has no more than `MAX_MARKS` (or what `MORE_MARKS` says) either.
     FastAPI's own limit answers in plain text, outside all middleware; nothing else limits the time. `shapes` are how a
     dialect's paths are answered, by what they begin with.
     """
@@ -104,23 +110,29 @@ class BodyLimit:
             reply.headers["connection"] = "close"  # the rest of the body is not read
             await reply(scope, receive, send)
             return
-        size, is_complete = 0, False
+        size, marks, is_complete = 0, 0, False
+        is_json = not Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")
+        most_marks = MORE_MARKS.get(scope["path"], MAX_MARKS)
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_limited() -> Message:
-            nonlocal size, is_complete
+            nonlocal size, marks, is_complete
             if is_complete:  # what comes now is the end of the connection
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, headers={"connection": "close"}) from None
+                raise HTTPException(408, headers=CLOSE) from None
             is_complete = not message.get("more_body")
-            size += len(message.get("body", b""))
+            part = message.get("body", b"")
+            size += len(part)
+            marks += sum(map(part.count, MARKS)) if is_json else 0
             if size > most:
                 # Not TooLarge: FastAPI lets only this class pass while it reads a body.
-                raise HTTPException(413, f"a body has at most {most} bytes", {"connection": "close"})
+                raise HTTPException(413, f"a body has at most {most} bytes", CLOSE)
+            if marks > most_marks:
+                raise HTTPException(413, f"a body has at most {most_marks} quotes, commas and opening brackets", CLOSE)
             return message
 
         await self.app(scope, receive_limited, send)

@@ -8,7 +8,7 @@ a few milliseconds, and only as fast as the tenant's limits let jobs in.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -95,14 +95,14 @@ class Batches:
         async with reachable():
             await self._queue.check_memory()
             try:
-                await self._plan(tenant, batch_id, members)
+                uploads = await self._plan(tenant, batch_id, members)
             except BaseException:
                 # Best effort: it goes by itself after a while.
                 with suppress(RedisError, OSError):
                     await asyncio.shield(self._redis.unlink(keys.BATCH_PLAN + batch_id))
                 raise
             # If only its reply is lost the batch is promised: its plan must stay.
-            outcome, found = await self._create(tenant, batch_id, about)
+            outcome, found = await self._create(tenant, batch_id, about, uploads)
         if outcome == "mismatch":
             raise key_mismatch()
         if outcome == "many":
@@ -171,9 +171,11 @@ class Batches:
                     async with asyncio.timeout(LOOK_SECONDS):
                         await self._bell.wait()
 
-    async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> None:
-        key, lines, index = keys.BATCH_PLAN + batch_id, Texts(), 0
+    async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> set[str]:
+        """Write the members down; the uploads that they are made from."""
+        key, lines, index, uploads = keys.BATCH_PLAN + batch_id, Texts(), 0, set[str]()
         async for member in members:
+            uploads.update(member.params.uploads)
             lines.append(await self._member(tenant, batch_id, index, member))
             index += 1
             if len(lines) == PLAN_STEP:
@@ -181,6 +183,7 @@ class Batches:
                 lines = []
         if lines:
             await self._write(key, lines)
+        return uploads
 
     async def _write(self, key: str, lines: Texts) -> None:
         pipeline = self._redis.pipeline(transaction=True)
@@ -196,7 +199,9 @@ class Batches:
         about = [job_id, tenant, lane, "", "-", self._retention_ms, json.dumps(fields), ""]
         return json.dumps([*about, *rq_fields(job_id, lane)], separators=(",", ":"))
 
-    async def _create(self, tenant: str, batch_id: str, about: BatchSubmission) -> tuple[str, str]:
+    async def _create(
+        self, tenant: str, batch_id: str, about: BatchSubmission, uploads: Collection[str]
+    ) -> tuple[str, str]:
         fields = {"total": str(about.total)}
         if about.webhook_url:
             fields["webhook_url"] = about.webhook_url
@@ -206,7 +211,15 @@ class Batches:
             fields["request_id"] = about.request_id
         digest = key_digest(about.idempotency_key) if about.idempotency_key else ""
         outcome, found = await keys.BATCH_CREATE.call(
-            self._redis, batch_id, tenant, digest, about.fingerprint, self._retention_ms, json.dumps(fields), MAX_OPEN
+            self._redis,
+            batch_id,
+            tenant,
+            digest,
+            about.fingerprint,
+            self._retention_ms,
+            json.dumps(fields),
+            MAX_OPEN,
+            *sorted(uploads),
         )
         return outcome, found
 

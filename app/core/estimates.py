@@ -10,11 +10,12 @@ from math import ceil
 from typing import Any, Final
 
 from app.core.params import GenerationParams
+from app.core.tasks import strength_of
 
 Curve = Mapping[int, float]  # rows -> seconds of one forward
 GUESSED_ROW_SECONDS: Final = 0.05  # of a model that no worker was seen to serve
 TURNS: Final = {"high": 9, "normal": 3, "low": 1}  # of the lanes of a share, see claim.lua
-GAIN: Final = 1.05  # as in worker/engine/calibrate.py: more rows that bring less than this bring nothing
+NEAR: Final = 1.03  # as in worker/engine/calibrate.py: what a worker gives up of the best for smaller batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class Measured:
 
     @property
     def most_rows(self) -> int:
-        """The fewest rows that come near that."""
-        return min(rows for rows, seconds in self.curve.items() if seconds / rows <= self.row_seconds * GAIN)
+        """The fewest rows that come near that, as the worker counts them."""
+        return min(rows for rows, seconds in self.curve.items() if seconds / rows <= self.row_seconds * NEAR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,9 @@ def cost_of(params: GenerationParams, pace: Pace | None) -> Cost:
 
 
 def _steps(params: GenerationParams) -> int:
-    steps = steps_taken(params.scheduler, params.num_inference_steps)
-    strength = getattr(params, "strength", None)
-    return steps if strength is None else max(ceil(steps * strength), 1)
+    steps, strength = params.num_inference_steps, strength_of(params)
+    # As diffusers' img2img pipelines count (get_timesteps).
+    return steps_taken(params.scheduler, steps if strength is None else max(int(steps * strength), 1))
 
 
 def forward_seconds(curve: Curve, rows: int) -> float:

@@ -13,6 +13,7 @@ from app.core.tasks import Size, check_margins, check_strength, check_task, defa
 
 MAX_SEED = 2**32 - 1
 MAX_LORAS = 4
+LCM_STEPS = 50  # LCMScheduler skips along this many steps of the training, and has no more
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_CONTROLS = 3
 Variation = Literal["subtle", "strong"]
@@ -233,6 +234,8 @@ def _check(params: GenerationParams, spec: ModelSpec) -> None:
     ):
         if getattr(params, name) > most:
             raise InvalidParams(f"{name} must be at most {most} for model {spec.name!r}, got {getattr(params, name)}")
+    if params.scheduler == "lcm" and params.num_inference_steps > LCM_STEPS:
+        raise InvalidParams(f"num_inference_steps must be at most {LCM_STEPS} with scheduler lcm: it was distilled so")
     for name in ("prompt", "negative_prompt"):
         if len(getattr(params, name)) > limits.max_prompt:
             raise InvalidParams(f"{name} must have at most {limits.max_prompt} characters for model {spec.name!r}")

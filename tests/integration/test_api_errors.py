@@ -130,6 +130,28 @@ def test_a_body_over_the_limit_is_refused(client, is_chunked):
     assert client.get("/livez").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/batches", "/v1/images/generations"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt":[' + b"[]," * 2_700_000 + b"0]}",
+        b"{" + b",".join(b'"%x":1' % n for n in range(700_000)) + b"}",
+        b'{"loras":[' + b"{}," * 340_000 + b"0]}",
+    ],
+    ids=["lists", "fields", "objects"],
+)
+def test_a_body_of_a_million_values_is_refused_before_it_holds_up_the_others(client, path, body):
+    started = time.perf_counter()
+    reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, "too_large" in reply.text) == (413, True)
+    assert time.perf_counter() - started < 1.0
+
+
+def test_a_body_of_lists_in_lists_is_refused(client):
+    reply = client.post("/v1/jobs", content=b"[" * 90_000, headers={"Content-Type": "application/json"})
+    problem_of(reply, 422, "invalid_request")
+
+
 def test_a_body_that_drips_is_given_up(api, monkeypatch):
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.4)
     started = time.perf_counter()

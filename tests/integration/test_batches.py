@@ -389,6 +389,26 @@ def test_members_are_queued_as_fast_as_the_tenants_limits_let_them(api, redis):
         assert ended["notice"] is None
 
 
+def test_an_upload_is_kept_for_members_that_are_still_to_be_queued(api, redis):
+    storage = open_storage(api.settings.storage, public_url="http://x", secret=b"x")
+    set_limits(redis, "default", {"max_waiting": 1})
+    with api.client() as client:
+        body = encoded(Image.new("RGB", (64, 64), "green"))
+        upload = client.post("/v1/uploads", files={"file": ("a.png", body, "image/png")}).json()["id"]
+        batch = submit(client, requests=[{"prompt": "a"}, {"prompt": "b", "image": upload, "strength": 0.5}])
+
+        def status_once_expired():
+            redis.hset(keys.UPLOAD + upload, "expires_at", 1)
+            redis.zadd(keys.UPLOAD_EXPIRY, {upload: 1})
+            sweep(redis, storage)
+            return client.get(f"/v1/uploads/{upload}").status_code
+
+        refused = client.delete(f"/v1/uploads/{upload}")
+        assert (refused.status_code, status_once_expired()) == (409, 200)
+        assert client.post(f"/v1/batches/{batch['id']}/cancel").status_code == 200
+        assert [status_once_expired(), status_once_expired()][-1] == 404
+
+
 def test_a_member_whose_upload_is_gone_before_it_is_queued_counts_as_failed(api, redis):
     set_limits(redis, "default", {"max_waiting": 1})
     with api.client() as client:
@@ -398,7 +418,7 @@ def test_a_member_whose_upload_is_gone_before_it_is_queued_counts_as_failed(api,
         deadline = time.monotonic() + 10
         while look(client, batch)["counts"]["queued"] < 1:
             assert time.monotonic() < deadline
-        assert client.delete(f"/v1/uploads/{upload}").status_code == 204
+        redis.delete(keys.UPLOAD + upload)
         worker = PretendWorker(redis, api.settings.data)
         worker.succeed(worker.claim())
         ended = wait_for(client, batch, "completed")

@@ -46,6 +46,10 @@ def test_a_picture_made_from_another_takes_its_strength_of_the_steps():
     whole = cost_of(params(num_inference_steps=10), PACE)
     part = cost_of(params(num_inference_steps=10, image="upload_x", strength=0.5), PACE)
     assert part.seconds == pytest.approx(whole.seconds / 2)
+    subtle = cost_of(params(num_inference_steps=10, image="upload_x", variation="subtle"), PACE)
+    assert subtle.seconds == pytest.approx(whole.seconds * 0.4)
+    heun = cost_of(params(num_inference_steps=10, image="upload_x", strength=0.5, scheduler="heun"), PACE)
+    assert heun.steps == 9
 
 
 @pytest.mark.parametrize("name", KINDS)

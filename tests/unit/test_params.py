@@ -76,6 +76,15 @@ def test_guidance_that_a_model_has_no_use_for_is_refused():
     assert ask(catalog(accepts=())).guidance_scale == 5.0
 
 
+def test_lcm_takes_no_more_steps_than_it_was_distilled_for():
+    own = {"schedulers": ("ddim", "lcm")}
+    spec = Catalog([catalog().get("tiny").model_copy(update=own)])
+    assert ask(spec, scheduler="lcm", num_inference_steps=50).num_inference_steps == 50
+    assert ask(spec, num_inference_steps=51).num_inference_steps == 51
+    with pytest.raises(InvalidParams, match="at most 50 with scheduler lcm"):
+        ask(spec, scheduler="lcm", num_inference_steps=51)
+
+
 def test_a_record_from_before_there_were_adapters_is_read():
     old = ask().model_dump(exclude={"loras", "reproducible"})
 

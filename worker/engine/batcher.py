@@ -17,7 +17,7 @@ from collections.abc import Hashable, Sequence
 from math import prod
 from typing import Protocol, TypeVar
 
-from worker.engine.calibrate import Curve, knee, predict, refine
+from worker.engine.calibrate import GAIN, Curve, is_near, knee, predict, refine
 from worker.engine.shares import Shares
 
 PATIENCE = 20.0  # chosen by tests/simulation: 10 keeps short runs waiting, 40 the long ones
@@ -78,6 +78,7 @@ class Batcher:
         self.solitary: set[Hashable] = set()  # keys whose merged forwards fail though each call succeeds alone
         self.shares = Shares()
         self._present: set[str] = set()  # tenants with a denoiser call parked
+        self._knees: dict[Shape, int] = {}  # in use
         self._seen: Counter[tuple[Shape, int]] = Counter()
         self._full: Counter[Shape] = Counter()  # forwards of as many rows as the knee, or more
         self._debt = 0.0  # seconds of text and VAE work that the denoiser has not had back
@@ -89,6 +90,7 @@ class Batcher:
         self.curves[shape] = curve
         self._seen.update({(shape, rows): EVIDENCE for rows in curve})
         self._row_seconds.pop(shape, None)
+        self._knees.pop(shape, None)
 
     def choose(self, parked: Sequence[P]) -> list[P]:
         """The calls of the next forward: all of one key, the most urgent first. `parked` must not be empty."""
@@ -149,7 +151,14 @@ class Batcher:
             refine(curve, rows, seconds)
             self._row_seconds.pop(shape, None)
         known = self._known(shape)
-        self._full[shape] += bool(known) and rows >= knee(known)
+        self._full[shape] += bool(known) and rows >= self._knee(shape, known)
+
+    def _knee(self, shape: Shape, known: Curve) -> int:
+        """The knee, which stays where it is while that is good: runs that keep step with each other end together."""
+        held = self._knees.get(shape)
+        if held is None or not is_near(known, held, GAIN):
+            held = self._knees[shape] = knee(known)
+        return held
 
     def _known(self, shape: Shape) -> Curve:
         """Of the curve what was seen often enough."""
@@ -172,7 +181,7 @@ class Batcher:
 
     def _measured(self, call: Parked, known: Curve) -> int:
         """The knee; more where nothing larger was tried, or now and then, in case it has moved."""
-        found = knee(known)
+        found = self._knee((call.name, call.shape), known)
         if found == max(known):
             return min(max(2 * found, self._guessed(call)), MOST_ROWS)
         is_probing = self._full[call.name, call.shape] % PROBE == PROBE - 1

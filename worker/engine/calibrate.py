@@ -6,6 +6,7 @@ Beyond the knee a larger batch only makes everyone wait: 0.83 times the images p
 from collections.abc import Callable
 
 GAIN = 1.05  # a doubling of the rows that brings less than this brings nothing
+NEAR = 1.03  # the best rows per second, given up at most for smaller batches
 REPEATS = 3
 SLOW_SECONDS = 0.5  # a forward as long as this is measured once: a start must not take minutes
 WEIGHT = 0.03  # of one forward of real work against what is known
@@ -73,6 +74,10 @@ def predict(curve: Curve, rows: int) -> float:
 
 
 def knee(curve: Curve) -> int:
-    """The fewest rows that reach the best rows per second, less what a doubling has to bring."""
-    best = max(rows / seconds for rows, seconds in curve.items())
-    return min(rows for rows, seconds in curve.items() if rows / seconds * GAIN >= best)
+    """The fewest rows that come near the best rows per second."""
+    return min(rows for rows in curve if is_near(curve, rows, NEAR))
+
+
+def is_near(curve: Curve, rows: int, factor: float) -> bool:
+    """Whether forwards of `rows` rows, which were measured, make at least 1 / `factor` of the best rows per second."""
+    return rows / curve[rows] * factor >= max(n / seconds for n, seconds in curve.items())

@@ -1,6 +1,5 @@
 """Tasks: GenerationParams -> runs, each the unmodified pipeline call of one image."""
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from worker.engine.run import Run
 from worker.pipelines import previews, schedulers
 from worker.pipelines.arguments import arguments
 from worker.pipelines.load import WarmModel
+from worker.pipelines.own import own
 from worker.pipelines.pictures import NOTHING, Picture, Source, prepare
 from worker.pipelines.prompts import with_prompts
 
@@ -59,7 +59,8 @@ def steps_of(params: GenerationParams) -> int:
 
 def paint(model: WarmModel, params: GenerationParams, source: Source, seed: int, run: Run) -> Picture:
     """Make one picture; within an engine's run, or alone."""
-    pipe = copy.copy(model.variants.get(ability_of(params), tuple(control.type for control in params.controls)))
+    controls = tuple(control.type for control in params.controls)
+    pipe = own(model.variants.get(ability_of(params), controls), model.device)
     pipe.scheduler = schedulers.make(params.scheduler, model.pipe.scheduler.config)
     previews.follow(run, pipe, model.previewer, params.height, params.width)
     asked = arguments(pipe, params, seed, run, source)

@@ -1,6 +1,6 @@
 -- Bring a batch into being whose plan (the members, each as submit.lua takes it) lies ready: from here on it is promised.
 -- ARGV: id, tenant, idempotency digest or '', fingerprint, retention (ms), fields of the batch (JSON object), how many
--- batches of a tenant may be open. Returns {outcome, id}; outcomes: created, existing, mismatch, many, torn.
+-- batches of a tenant may be open, then the uploads that its members name. Returns {outcome, id}; outcomes: created, existing, mismatch, many, torn.
 local id, tenant, digest, fingerprint, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local idempotency = IDEMPOTENCY .. tenant .. ':' .. digest
 if digest ~= '' then
@@ -33,6 +33,7 @@ if digest ~= '' then
   redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'PX', retention)
 end
 redis.call('PERSIST', BATCH_PLAN .. id)
+for i = 8, #ARGV do redis.call('SADD', UPLOAD_JOBS .. ARGV[i], id) end
 redis.call('HSET', BATCH .. id, unpack(fields))
 redis.call('ZADD', BATCHES .. tenant, created, id)
 redis.call('SADD', BATCHES_OPEN .. tenant, id)

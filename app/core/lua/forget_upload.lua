@@ -1,5 +1,6 @@
 -- Forget an upload; its object is swept after that. ARGV: id, 'asked' (by its owner) or 'expired'.
--- Asked for, it goes unless a job that has not ended uses it; expired, it stays while there is the record of one.
+-- Asked for, it goes unless a job that has not ended uses it; expired, it stays while there is the record of one. A
+-- batch uses it while its plan has members.
 -- Returns 'gone', 'used', 'later', or nil: there is none.
 local id = ARGV[1]
 local upload = redis.call('HMGET', UPLOAD .. id, 'tenant', 'key', 'expires_at')
@@ -10,6 +11,7 @@ end
 local function is_needed()
   for _, job in ipairs(redis.call('SMEMBERS', UPLOAD_JOBS .. id)) do
     local status = redis.call('HGET', JOB .. job, 'status')
+    if not status and redis.call('EXISTS', BATCH_PLAN .. job) == 1 then status = 'queued' end
     if not status then
       redis.call('SREM', UPLOAD_JOBS .. id, job)
     elseif not FINAL[status] then

@@ -213,6 +213,19 @@ def test_the_cap_follows_what_real_forwards_take():
     assert knee(policy.curves["unet", SHAPE]) == 1
 
 
+def test_the_cap_stays_among_sizes_that_are_as_good():
+    policy = Batcher(bucket=8)
+    policy.learn(("unet", SHAPE), {1: 0.02, 8: 0.08, 16: 0.162, 32: 0.33})
+    one = call()
+    assert policy.cap(one) == 8
+    for _ in range(100):  # eight rows take four percent longer than they seemed to
+        policy.spent([one], 8, 0.0832)
+        assert policy.cap(one) == 8
+    for _ in range(200):
+        policy.spent([one], 8, 0.092)
+    assert policy.cap(one) == 16
+
+
 def test_one_forward_that_was_held_up_moves_no_cap():
     policy = batcher(cap=8)
     policy.spent([call() for _ in range(8)], 8, 30.0)

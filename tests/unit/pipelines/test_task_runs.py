@@ -9,6 +9,7 @@ from tests.tiny import build_family, together
 from tests.unit.pipelines.conftest import SCHEDULERS, params_of, spec_of
 from worker.engine.run import Aborted, Run
 from worker.pipelines import schedulers
+from worker.pipelines.own import own
 from worker.pipelines.tasks import runs_for, to_picture, warm_up
 
 
@@ -198,3 +199,16 @@ def test_numbers_become_bytes_by_rounding():
 def test_the_catalogs_schedulers_are_all_known():
     assert set(SCHEDULERS) <= schedulers.KINDS.keys()
     assert spec_of("x").schedulers == SCHEDULERS
+
+
+def test_a_runs_own_pipeline_is_of_its_kind_knows_its_device_and_shares_the_modules(model):
+    copied = own(model.pipe, model.device)
+    copied.scheduler = None
+
+    assert isinstance(copied, type(model.pipe))
+    assert type(copied).__name__ == type(model.pipe).__name__
+    assert copied.unet is model.pipe.unet
+    assert model.pipe.scheduler is not None
+    assert (copied.device, copied._execution_device) == (model.pipe.device, model.pipe._execution_device)
+    other = torch.device("meta")
+    assert (own(model.pipe, other)._execution_device, copied._execution_device) == (other, model.device)

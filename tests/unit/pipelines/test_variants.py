@@ -11,6 +11,7 @@ from PIL import Image
 from app.core.catalog import ControlnetSpec
 from app.core.errors import ConfigError
 from app.core.params import Control, Margins
+from tests.checkpoints import controlnet, four_times, two_times
 from tests.tiny import UNET, Log, build_family
 from tests.unit.pipelines.conftest import params_of, spec_of
 from worker.engine.engine import Engine
@@ -23,22 +24,6 @@ from worker.pipelines.variants import Variants
 
 TASKS = ("text_to_image", "image_to_image", "inpainting", "tiling")
 CPU = (torch.device("cpu"), torch.float32)
-
-
-def controlnet(seed):
-    net = D.ControlNetModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        conditioning_embedding_out_channels=(4, 8, 8, 16),
-    ).eval()
-    random = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():  # a new ControlNet is all zeros where it joins
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
-    return net
 
 
 @pytest.fixture(scope="module")
@@ -194,45 +179,6 @@ def test_families_that_have_the_pipelines_start_from_images(family):
 def test_a_task_that_a_models_kind_has_no_pipeline_for_is_refused_with_the_remedy(family, ability):
     with pytest.raises(ConfigError, match=rf"no pipeline for {ability}; set tasks = \['text_to_image'\]"):
         Variants(spec_of("x", tasks=("text_to_image", ability)), build_family(family).pipe)
-
-
-def four_times():
-    """diffusers' x4 upscaler: the small picture beside the latents, its noise level as a class."""
-    parts = build().components
-    unet = {**UNET, "in_channels": 7, "cross_attention_dim": 32, "attention_head_dim": 4, "num_class_embeds": 100}
-    vae = D.AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.08333,
-    )
-    torch.manual_seed(0)
-    return D.StableDiffusionUpscalePipeline(
-        vae=vae.eval(),
-        unet=D.UNet2DConditionModel(**unet).eval(),
-        text_encoder=parts["text_encoder"],
-        tokenizer=parts["tokenizer"],
-        low_res_scheduler=D.DDPMScheduler(),
-        scheduler=parts["scheduler"],
-    )
-
-
-def two_times():
-    """diffusers' latent upscaler: the picture's latents, twice as large, beside the noise."""
-    parts = build().components
-    torch.manual_seed(0)
-    unet = D.UNet2DConditionModel(
-        **UNET, in_channels=8, out_channels=5, cross_attention_dim=32, attention_head_dim=4, time_cond_proj_dim=160
-    )
-    return D.StableDiffusionLatentUpscalePipeline(
-        vae=parts["vae"],
-        text_encoder=parts["text_encoder"],
-        tokenizer=parts["tokenizer"],
-        unet=unet.eval(),
-        scheduler=D.EulerDiscreteScheduler(),
-    )
 
 
 @pytest.mark.parametrize(("made", "factor"), [(four_times, 4), (two_times, 2)])
