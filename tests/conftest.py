@@ -32,9 +32,10 @@ ALONE = (
     "tests/simulation/",
     "tests/e2e/test_walk.py",
     "tests/integration/test_deadlines.py",
-    "tests/integration/test_estimates.py",
+    "tests/integration/test_estimates.py::test_what_was_expected",
     "tests/integration/test_limits_load.py",
-    "tests/integration/test_sender.py",
+    "tests/integration/test_sender.py::test_dead_hosts_among_many",
+    "tests/integration/test_sender.py::test_the_first_attempt_follows",
 )
 
 CATALOG = """

@@ -74,7 +74,7 @@ def test_a_running_job_shows_its_workers_own_eta(client, known, worker, redis):
 
 def test_what_was_expected_is_about_what_happens(tmp_path, forks):
     """A small form of 500 jobs: `JOBS=500` makes that many."""
-    jobs, dice = int(os.environ.get("JOBS", "120")), random.Random(SEED)
+    jobs, dice = int(os.environ.get("JOBS", "80")), random.Random(SEED)
     wanted = [
         # Of one priority: who comes later and goes first cannot be foreseen.
         {"num_inference_steps": dice.choice([8, 12, 20, 30]), "num_images": dice.choice([1, 1, 2])}
@@ -82,7 +82,7 @@ def test_what_was_expected_is_about_what_happens(tmp_path, forks):
     ]
     with stub_service(tmp_path, forks) as built:
         # The worker learns how much slower than its bare denoiser it is.
-        for job_id in [built.submit(num_inference_steps=30) for _ in range(40)]:
+        for job_id in [built.submit(num_inference_steps=30) for _ in range(24)]:
             built.wait(job_id, 60)
         with ThreadPoolExecutor(4) as pool:
             ids = list(pool.map(lambda request: built.submit(**request), wanted))
