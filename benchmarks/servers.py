@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +57,16 @@ class Server:
 def process(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process group of its own, ended as Ctrl-C would."""
+    """A process in a session of its own, ended as Ctrl-C would; what it leaves behind ends with it."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SAFELIGHT_")}
     with log.open("ab") as output:
         started = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=ROOT, env=inherited | dict(environment or {})
+            command,
+            stdout=output,
+            stderr=output,
+            cwd=ROOT,
+            env=inherited | dict(environment or {}),
+            start_new_session=True,
         )
     try:
         yield started
@@ -72,6 +77,8 @@ def process(
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # LitServe's workers outlive it
 
 
 @contextmanager

@@ -65,7 +65,7 @@ BODIES = {
     "infinity in metadata": b'{"prompt": "x", "metadata": {"a": 1e999}}',
     "a huge seed": b'{"prompt": "x", "seed": %s}' % (b"9" * 400),
     "a number of 5000 digits": b'{"prompt": "x", "seed": %s}' % (b"9" * 5000),
-    "nested 100,000 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 100_000 + b"]" * 100_000),
+    "nested 90,000 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 90_000 + b"]" * 90_000),
     "nested 900 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 900 + b"]" * 900),
     "an unknown field": b'{"prompt": "x", "steps": 3}',
     "a long unknown field": b'{"prompt": "x", "%s": 3}' % (b"y" * 5000),
@@ -136,7 +136,7 @@ def test_a_body_over_the_limit_is_refused(client, is_chunked):
     [
         b'{"prompt":[' + b"[]," * 2_700_000 + b"0]}",
         b"{" + b",".join(b'"%x":1' % n for n in range(700_000)) + b"}",
-        b'{"loras":[' + b"{}," * 340_000 + b"0]}",
+        b'{"loras":[' + b"{}," * 700_000 + b"0]}",
     ],
     ids=["lists", "fields", "objects"],
 )
@@ -145,11 +145,6 @@ def test_a_body_of_a_million_values_is_refused_before_it_holds_up_the_others(cli
     reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert (reply.status_code, "too_large" in reply.text) == (413, True)
     assert time.perf_counter() - started < 1.0
-
-
-def test_a_body_of_lists_in_lists_is_refused(client):
-    reply = client.post("/v1/jobs", content=b"[" * 90_000, headers={"Content-Type": "application/json"})
-    problem_of(reply, 422, "invalid_request")
 
 
 def test_a_body_that_drips_is_given_up(api, monkeypatch):
