@@ -3,9 +3,13 @@
 import base64
 import io
 import json
+import os
+import random
 import time
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import httpx2
@@ -17,6 +21,7 @@ from app.core import redis_keys as keys
 from app.core.retention import sweep
 from app.core.storage import open_storage
 from tests.integration.test_api_auth import BOOTSTRAP, bearer
+from tests.unit.test_image_process import FUZZ_SECONDS, SEED, seeds, spoiled
 
 
 def png(width=64, height=48, seed=1, mode="RGB"):
@@ -274,3 +279,27 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut(client):
     Image.fromarray(ramp).save(body, "PNG")
     kept = Image.open(io.BytesIO(httpx2.get(upload(client, body.getvalue())["url"], trust_env=False).content))
     assert np.abs(np.asarray(kept.convert("L")).astype(int) - ramp // 256).max() <= 1
+
+
+def test_whatever_is_uploaded_gets_an_answer_and_the_api_does_not_grow(client):
+    """`FUZZ_SECONDS=300` is the long form."""
+    print(f"FUZZ_SEED={SEED}")
+    rng, files, seen = random.Random(SEED), seeds(), Counter()
+
+    def send(body):
+        reply = client.post("/v1/uploads", files={"file": ("a.png", body, "image/png")})
+        seen[reply.status_code] += 1
+        assert reply.status_code in {201, 422, 429}, reply.text
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    for body in files:
+        send(body)
+    before, until = resident(), time.monotonic() + min(FUZZ_SECONDS, 300)
+    while time.monotonic() < until:
+        send(spoiled(rng, rng.choice(files), files))
+    print(f"{seen} in {FUZZ_SECONDS:.0f} s; the API's process held {before:.0f} MiB and then {resident():.0f}")
+    assert seen[201] >= 8
+    assert seen[422] >= 50
+    assert resident() < before + 60
