@@ -42,6 +42,7 @@ def mortal(redis_url, catalog_file, tmp_path):
     mortal.process.wait()
 
 
+@pytest.mark.timeout(120 + ROUNDS // 2)
 def test_one_key_makes_one_job_whoever_asks_and_whatever_dies(mortal, redis):
     """A caller whose connection breaks asks again, as the key is there for."""
     again, opened, broken = threading.local(), ExitStack(), []

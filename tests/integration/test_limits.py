@@ -167,6 +167,8 @@ def test_a_tenant_opens_no_more_streams_than_it_may(client, limit, wait_until):
         for path in (job["events"], "/v1/events"):
             refused = client.get(path)
             assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
+        refused = client.post("/v1/images/generations", json={"prompt": "a cat", "stream": True})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "limit_reached")
 
     def is_free():
         with client.stream("GET", "/v1/events") as stream:

@@ -105,6 +105,7 @@ def test_a_job_of_a_newer_version_waits_for_a_worker_that_can_read_it(built, his
     built.retire(slot)
 
 
+@pytest.mark.timeout(180 + CANCELLED // 5)
 def test_cancelled_at_any_point_of_its_walk_a_job_never_succeeds(built, history):
     model = model_name(3)
     about = {"SAFELIGHT_SERVE": model, CANCEL_VARIABLE: "0.05", STEP_VARIABLE: "0.001"}
@@ -128,6 +129,7 @@ def test_cancelled_at_any_point_of_its_walk_a_job_never_succeeds(built, history)
         built.retire(slot)
 
 
+@pytest.mark.timeout(120 + 3 * RESTARTS)
 def test_rolling_restarts_lose_nothing_and_use_no_try_up(built, history):
     model = model_name(4)
     about = {"SAFELIGHT_SERVE": model, "SAFELIGHT_GRACE_SECONDS": "0.1", "SAFELIGHT_LEASE_SECONDS": "5"}

@@ -228,6 +228,7 @@ def _with_true_sums(data):
         place = end + 4
 
 
+@pytest.mark.timeout(120 + 2 * FUZZ_SECONDS)
 def test_whatever_is_uploaded_comes_out_clean_or_is_refused_in_bounded_memory():
     print(f"FUZZ_SEED={SEED}")
     rng, files = random.Random(SEED), seeds()

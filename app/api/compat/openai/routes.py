@@ -98,6 +98,8 @@ async def _answer(
     uploads: Mapping[str, str] | None = None,
 ) -> Response:
     """Queue the job, wait for it, and give its pictures."""
+    if isinstance(asked, Described) and asked.stream:
+        await deps.streams.check(caller.tenant)
     spec = deps.catalog.get(asked.model)
     if spec.name not in await deps.served():
         raise Unavailable(f"no live worker serves model {spec.name!r}; try again later", retry_after=5)
@@ -106,7 +108,9 @@ async def _answer(
     headers, is_kept = headers_of(bucket) | {JOB_HEADER: job.id}, idempotency_key is not None
     if isinstance(asked, Described) and asked.stream:
         made = events(deps, request, job, asked, kind, is_kept=is_kept)
-        return EventStream(made, headers=headers | UNBUFFERED)
+        stream = EventStream(made, headers=headers | UNBUFFERED)
+        stream.open_for = (deps.streams, caller.tenant)
+        return stream
     try:
         async with minding(deps, job, is_kept=is_kept):
             job = await ended(deps, request, job)
