@@ -16,6 +16,7 @@ from app.core import failpoints
 from app.core.errors import GenerationFailed, ModelUnavailable, OutOfMemory, SafelightError
 from app.core.job import JobStatus, Priority
 from app.core.metrics import WorkerMetrics
+from worker.engine.calibrate import slowest
 from worker.engine.engine import Engine
 from worker.engine.run import Run
 from worker.finisher import Finisher
@@ -25,6 +26,7 @@ from worker.intake import Intake, Room
 from worker.leases import Claim
 from worker.pace import Pacer
 from worker.pipelines.load import WarmModel
+from worker.pipelines.pictures import NOTHING
 from worker.pipelines.tasks import runs_for
 from worker.reaper import Reaper
 from worker.sources import Sources
@@ -185,6 +187,7 @@ class Consumer(BaseWorker):
     def _take_in(self) -> None:
         """What was loaded is there, and its jobs begin; what could not be fails them, or is left to other workers."""
         for loaded in self.keeper.turn():
+            self.pulse.expect(slowest(loaded.curves.values()))
             for held in self._unstarted(loaded.name):
                 if loaded.model:
                     self._begin(held, loaded.model)
@@ -203,9 +206,8 @@ class Consumer(BaseWorker):
         if old := self.held.get(claim.id):  # our own lease had passed, or we had passed it on, and it came back to us
             self._drop(old, "lost")
             self._forget(old, None)
-        held = self.held[claim.id] = HeldJob(claim)
+        held = self.held[claim.id] = HeldJob(claim, is_dropped=claim.job is None)
         if claim.job is None:
-            held.is_dropped = True
             self.finisher.pass_on(held, UNREADABLE)
             return
         if held.model not in self.keeper.served:  # the intake asked before that was known
@@ -303,7 +305,7 @@ class Consumer(BaseWorker):
             held = self.held[job_id]
             if held.is_dropped:
                 continue
-            if isinstance(run.error, OutOfMemory):
+            if isinstance(run.error, OutOfMemory) and not run.reproducible:  # whose batches are padded
                 self.pacer.ran_out(held)
             if run.error is None:
                 self.finisher.store(held, int(index), run.result)
@@ -351,6 +353,8 @@ class Consumer(BaseWorker):
     def _leave_room(self, held: HeldJob) -> None:
         if held.has_room:
             held.has_room = False
+            if held.is_started:
+                held.source = NOTHING  # its pictures: it may wait for the store for long
             self.keeper.leave(held.model)
             self.room.leave(held.images, held.claim.tenant)
             self.intake.look()

@@ -33,6 +33,10 @@ class Pulse:
         self._longest = max(self._longest, min(now - self._last, LONGEST * self._lease_seconds))
         self._last = now
 
+    def expect(self, seconds: float) -> None:
+        """A forward may take as long as one that was measured."""
+        self._longest = max(self._longest, seconds)
+
     def rested(self) -> None:
         """The loop came round with nothing to do."""
         self._last = time.monotonic()

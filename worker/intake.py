@@ -100,6 +100,7 @@ class Intake:
         self._turns = turns
         self._room = room
         self._bell = bell  # wakes the step loop
+        self._last = ""  # the queue that gave a job last
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._claimer = threading.Thread(target=self._claim_forever, name="claim", daemon=True)
@@ -134,14 +135,19 @@ class Intake:
                 self._wake.wait(AWAY_SECONDS)
 
     def _claim_some(self) -> bool:
-        """One job of each queue that has one, in turn, so that no model starves another; whether there was any."""
-        found = False
-        for queue in self._turns.next():
+        """One job of each queue that has one, in turn, so that no model starves another; whether there was any.
+
+        Where places come free one by one, each round begins after the queue that gave the last job.
+        """
+        found, queues = False, self._turns.next()
+        first = queues.index(self._last) + 1 if self._last in queues else 0
+        for queue in (*queues[first:], *queues[:first]):
             if not (self.is_open and self._room.has_room):
                 return False
             turn = self._leases.claim(queue, is_idle=self._room.is_empty, passing=self._room.passing)
             if isinstance(turn, Claim):
                 images = turn.job.params.num_images if turn.job else 1
+                self._last = queue
                 self._room.enter(images, turn.tenant, is_alone=turn.is_alone)
                 self.claims.put(turn)
                 self._bell.set()

@@ -30,6 +30,7 @@ from app.core.settings import Settings, load_settings, redis_url, url_secret
 from app.core.storage import open_storage
 from worker.budget import device_budget, host_budget
 from worker.consumer import Consumer
+from worker.engine.calibrate import slowest
 from worker.engine.engine import Engine
 from worker.engine.target import Target
 from worker.finisher import Finisher
@@ -196,7 +197,7 @@ def work(
             max_running=settings.tenant_max_running,
         )
 
-    pulse = Pulse(settings.lease_seconds, observer.longest)
+    pulse = Pulse(settings.lease_seconds, slowest(engine.batcher.curves.values()))
     process = processes.Process(
         name=name,
         kind="worker",

@@ -66,7 +66,8 @@ class Pacer:
     def ended(self, held: HeldJob) -> None:
         """A job was made: learn from it."""
         params, known = held.job.params, self._known[held.model]
-        made = [run for run in held.runs if run.step]
+        # The rows of ControlNets count among a run's.
+        made = [run for run in held.runs if run.step and not params.controls]
         if made:
             rows = max(round(sum(run.rows / run.step for run in made) / len(made)), 1)
             if params.guidance_scale > 1:

@@ -23,7 +23,7 @@ from app.core.metrics import WorkerMetrics
 from worker.engine.batcher import Shape
 from worker.engine.calibrate import Curve
 from worker.engine.engine import CALIBRATED_ROWS, Engine
-from worker.engine.faults import is_out_of_memory
+from worker.engine.faults import DeviceLost, is_device_lost, is_out_of_memory
 from worker.engine.target import Target
 from worker.pipelines.load import WarmModel
 from worker.pipelines.tasks import warm_up
@@ -66,7 +66,8 @@ class Place:
 
     @property
     def targets(self) -> dict[str, Target]:
-        return {f"{self.name}:{part}": target for part, target in self.model.modules.items()} if self.model else {}
+        model = self.model  # which the step loop's thread may take away meanwhile
+        return {f"{self.name}:{part}": target for part, target in model.modules.items()} if model else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Loaded:
     seconds: float
     model: WarmModel | None = None
     curves: Mapping[Shape, Curve] = field(default_factory=dict)
-    error: Exception | None = None
+    error: Exception | DeviceLost | None = None
 
 
 class Observer(Protocol):
@@ -194,7 +195,7 @@ class Keeper:
             self._estimate(place)
         if not self.served:
             raise ConfigError("none of the served models can be used; the log says why for each")
-        first_error: Exception | None = None
+        first_error: BaseException | None = None
         for place in sorted(self.places.values(), key=lambda p: (not p.spec.pinned, not p.spec.default)):
             is_first = not any(p.state is State.WARM for p in self.places.values())
             if place.state is State.UNFIT or not (place.spec.pinned or is_first or place.bytes <= self._free()):
@@ -234,7 +235,7 @@ class Keeper:
         pinned = sum(p.bytes for p in self.places.values() if p.spec.pinned and p is not place)
         return place.bytes <= self.memory.device - pinned
 
-    def _refuse(self, place: Place, error: Exception) -> None:
+    def _refuse(self, place: Place, error: BaseException) -> None:
         place.state, place.is_wanted = State.UNFIT, False
         log.error("model.not_served", model=place.name, reason=str(error))
 
@@ -318,8 +319,9 @@ class Keeper:
                 model = self._load(place.spec)
             curves = self._try_out(place.name, model, known, rows)
             loaded = Loaded(place.name, self._clock() - began, model, curves)
-        except Exception as error:  # noqa: BLE001  # whatever is wrong with a model, the worker lives
-            loaded = Loaded(place.name, self._clock() - began, error=error)
+        except (Exception, DeviceLost) as error:  # noqa: BLE001  # whatever is wrong with a model, the worker lives
+            lost = DeviceLost(str(error)) if is_device_lost(error) else error
+            loaded = Loaded(place.name, self._clock() - began, error=lost)
         self._loads.put(loaded)
         self.bell.set()
 
@@ -334,8 +336,13 @@ class Keeper:
         return engine.batcher.curves
 
     def _take(self, loaded: Loaded) -> Loaded | None:
-        """A load has ended: into the engine, or again later. None where the jobs that wait are to wait on."""
+        """A load has ended: into the engine, or again later. None where the jobs that wait are to wait on.
+
+        Raises DeviceLost where that is what it met.
+        """
         place, self._is_loading = self.places[loaded.name], False
+        if isinstance(loaded.error, DeviceLost):
+            raise loaded.error
         if loaded.error is not None:
             return self._failed(place, loaded)
         assert loaded.model, "a load gives a model or an error"

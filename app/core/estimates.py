@@ -32,7 +32,7 @@ class Measured:
 
     @property
     def most_rows(self) -> int:
-        """The fewest rows that come near that, as the worker counts them."""
+        """The fewest rows that come near that."""
         return min(rows for rows, seconds in self.curve.items() if seconds / rows <= self.row_seconds * NEAR)
 
 

@@ -3,7 +3,7 @@
 Beyond the knee a larger batch only makes everyone wait: 0.83 times the images per second were seen on a CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 GAIN = 1.05  # a doubling of the rows that brings less than this brings nothing
 NEAR = 1.03  # the best rows per second, given up at most for smaller batches
@@ -71,6 +71,11 @@ def predict(curve: Curve, rows: int) -> float:
         return curve[nearest] * max(rows / nearest, 1.0)
     part = (rows - below) / max(above - below, 1)
     return curve[below] + part * (curve[above] - curve[below])
+
+
+def slowest(curves: Iterable[Curve]) -> float:
+    """Seconds of the longest forward that was measured."""
+    return max((seconds for curve in curves for seconds in curve.values()), default=0.0)
 
 
 def knee(curve: Curve) -> int:

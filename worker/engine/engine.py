@@ -245,7 +245,7 @@ class Engine:
             return [failed]
         if not is_out_of_memory(failed.error):
             return self._each_alone(batch)
-        self._shrink(batch)
+        self._shrink(batch, padding)
         if len(batch) == 1:
             return [self._in_parts(batch[0])]
         half = len(batch) // 2
@@ -281,9 +281,9 @@ class Engine:
         failed = next((o for o in outcomes if isinstance(o, Failed)), None)
         return failed or join(outcomes, [p.rows for p in parts])
 
-    def _shrink(self, batch: Sequence[Call]) -> None:
+    def _shrink(self, batch: Sequence[Call], padding: int = 0) -> None:
         """Remember that this many rows do not fit."""
-        rows = sum(call.rows for call in batch)
+        rows = sum(call.rows for call in batch) + padding
         self.batcher.limits[batch[0].name, batch[0].shape] = max(rows // 2, 1)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
@@ -312,8 +312,9 @@ class Engine:
 
 def _walk(run: Run) -> None:
     """What a run's greenlet executes: the whole of its body."""
+    body, run.body = run.body, _made  # what it holds may go with it: a model, and what the picture starts from
     try:
-        run.result = run.body(run)
+        run.result = body(run)
     except Aborted as error:
         run.error = error
     except Exception as error:
@@ -322,6 +323,11 @@ def _walk(run: Run) -> None:
         traceback.clear_frames(error.__traceback__)  # a kept error must not keep a picture's tensors
         run.error = _explained(error)
     run.is_finished = True
+
+
+def _made(run: Run) -> None:
+    """The body of a run that has begun."""
+    raise AssertionError(f"run {run.id} is walked once")
 
 
 def _explained(error: Exception) -> SafelightError:

@@ -160,6 +160,11 @@ def warm(
     if dtype is torch.float16 and hasattr(pipe, "upcast_vae") and pipe.vae.config.force_upcast:
         # The pipeline would turn the VAE to float32 and back in place, under the runs of others.
         raise ConfigError(f"model {spec.name!r}: its VAE overflows in float16; set dtype to bfloat16 or float32")
+    vae = getattr(pipe, "vae", None)
+    if dtype is torch.bfloat16 and vae is not None and getattr(vae.config, "force_upcast", False):
+        # As SDXL's pipelines do with it for each image they start from. It is there for float16; bfloat16 does not
+        # overflow.
+        vae.register_to_config(force_upcast=False)
     if vain := (unused(pipe) | (set() if can_weigh(pipe) else {"prompt_weighting"})) & set(spec.accepts):
         left = sorted(set(spec.accepts) - vain)
         raise ConfigError(f"model {spec.name!r} has no use for {', '.join(sorted(vain))}; set accepts = {left}")
