@@ -28,6 +28,7 @@ dir "{folder}"
 save ""
 appendonly yes
 appendfsync always
+maxmemory {memory}
 maxmemory-policy noeviction
 """
 
@@ -108,7 +109,9 @@ class EmbeddedRedis:
             raise ConfigError("there is no embedded Redis for this machine; set SAFELIGHT_REDIS_URL") from error
         password, port = self._remembered()
         self.url = f"redis://:{password}@127.0.0.1:{port}/0"
-        config = CONFIG.format(port=port, password=password, folder=str(self._folder).replace('"', r"\""))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # then it refuses, and is not killed
+        folder = str(self._folder).replace('"', r"\"")
+        config = CONFIG.format(port=port, password=password, folder=folder, memory=memory)
         _write(self._folder / "valkey.conf", config)
         _write(self._folder / "url", self.url + "\n")
         with log.open("ab") as output:

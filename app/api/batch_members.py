@@ -142,8 +142,19 @@ class Pictures:
 
     def known(self, member: Mapping[str, Any]) -> dict[str, Any]:
         """The member with the ids of pictures that were taken in for an earlier one: they may be megabytes of text."""
-        named = {field: member.get(field) for field in ("image", "mask")}
-        return dict(member) | {f: self._known[n] for f, n in named.items() if isinstance(n, str) and n in self._known}
+        found = dict(member) | {field: self._short(member[field]) for field in ("image", "mask") if field in member}
+        controls = member.get("controls")
+        if isinstance(controls, list):
+            found["controls"] = [
+                {**control, "image": self._short(control["image"])}
+                if isinstance(control, dict) and "image" in control
+                else control
+                for control in controls
+            ]
+        return found
+
+    def _short(self, name: Any) -> Any:
+        return self._known.get(name, name) if isinstance(name, str) else name
 
     async def _upload(self, name: str) -> str:
         if UPLOAD_ID.fullmatch(name):

@@ -18,9 +18,9 @@ from app.api.problems import responses
 from app.api.schemas import BatchFilter, JobFilter, ListResponse
 from app.core.api_keys import Scope
 from app.core.batch import Batch, BatchStatus, BatchView, batch_view
-from app.core.batches import BatchSubmission
+from app.core.batches import DELETING, BatchSubmission
 from app.core.errors import NotFound, QueueUnavailable
-from app.core.events import JobEvent, OfBatch
+from app.core.events import JobEvent, OfBatch, position_in
 from app.core.job import JobView
 
 _BATCH_ID: Final = re.compile(r"batch_[0-9a-hjkmnp-tv-z]{26}", re.ASCII)
@@ -138,6 +138,7 @@ async def stream_batch_events(
     after = position(last_event_id) or 0
     if batch.status.is_final and after and not await deps.hub.read(OfBatch(batch_id), after):
         return Response(status_code=204)
+    after = await position_in(deps.redis, OfBatch(batch_id), after)
     return await open_stream(deps, caller, _events(deps, caller, batch, after))
 
 
@@ -171,7 +172,7 @@ async def _events(deps: Services, caller: Identity, batch: Batch, after: int) ->
                     shown = _view(deps, await deps.batches.get(batch.tenant, batch.id))
                 yield format_sse_event(event=event.data["status"], data_str=shown.model_dump_json(), id=str(event.id))
                 return
-            else:
+            elif event.type != "status" or event.data["status"] != DELETING:
                 yield format_event(event)
     except (RedisError, OSError, NotFound, QueueUnavailable):
         # The reply has begun, so it can only end: a caller connects again, and hears then what is wrong.
@@ -179,5 +180,5 @@ async def _events(deps: Services, caller: Identity, batch: Batch, after: int) ->
 
 
 def _is_last(event: JobEvent) -> bool:
-    # "deleting" is none of the statuses that anybody sees: the stream then ends by the next look at the batch.
+    # DELETING is none of the statuses that anybody sees: the stream then ends by the next look at the batch.
     return event.type == "status" and event.data["status"] in (BatchStatus.COMPLETED, BatchStatus.CANCELED)

@@ -97,6 +97,7 @@ async def stream_events(
     after = position(last_event_id) or 0
     if job.status.is_final and after and not await deps.hub.read(OfJob(job_id), after):
         return Response(status_code=204)
+    after = await events.position_in(deps.redis, OfJob(job_id), after)
     made = _watched(deps, caller, job, after) if previews else _of_job(deps, caller, job, after)
     return await open_stream(deps, caller, made)
 

@@ -79,7 +79,7 @@ async def read_file(request: Request, name: str) -> bytes:
             if not isinstance(file, UploadFile) or len(form) != 1:
                 raise wrong
             return await file.read()
-    except MultiPartException as error:
+    except (MultiPartException, UnicodeError) as error:  # of a charset that is none
         raise wrong from error
 
 

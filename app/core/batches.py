@@ -20,7 +20,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.core import redis_keys as keys
 from app.core.batch import Batch, BatchStatus, batch_from_hash
-from app.core.errors import Conflict, NotFound, Overloaded, Unavailable
+from app.core.errors import Conflict, InvalidParams, NotFound, Overloaded, TooLarge, Unavailable
 from app.core.job import JobStatus, Priority, new_id, new_job_id
 from app.core.params import GenerationParams
 from app.core.queue import JobQueue, Page, Submission, key_digest, key_mismatch, reachable, record_fields, rq_fields
@@ -32,6 +32,7 @@ MAX_OPEN: Final = 20  # batches of a tenant
 STEP: Final = 20  # members of one step: Redis does nothing else meanwhile
 PART: Final = 0.5  # of the longest wait that is allowed: the rest is for what comes one by one
 PLAN_STEP: Final = 100  # members written to a plan at a time
+PLAN_BYTES: Final = 64 * 2**20  # of a plan: a matrix repeats its request for each member
 PLAN_SECONDS: Final = 600  # a plan that no batch was made of goes after this
 DELETING: Final = "deleting"  # a status that nobody is shown
 LOOK_SECONDS: Final = 1.0  # between two looks for batches that another process left
@@ -81,7 +82,10 @@ class Batches:
         fingerprint, _, found = known.partition(" ")
         if fingerprint != about.fingerprint:
             raise key_mismatch()
-        return await self.get(tenant, found)
+        try:
+            return await self.get(tenant, found)
+        except NotFound:  # its record has just gone, and the key with it
+            return None
 
     async def create(
         self, tenant: str, about: BatchSubmission, members: AsyncIterable[Submission]
@@ -89,7 +93,7 @@ class Batches:
         """Promise a batch; it, and whether it is new (False: a repeat under the same Idempotency-Key).
 
         Whatever `members` raises leaves nothing behind. Raises IdempotencyMismatch, Conflict where too many batches
-        are open, QueueUnavailable, Overloaded.
+        are open, InvalidParams where an upload has gone, TooLarge, QueueUnavailable, Overloaded.
         """
         batch_id = new_id("batch")
         async with reachable():
@@ -107,6 +111,8 @@ class Batches:
             raise key_mismatch()
         if outcome == "many":
             raise Conflict(f"you have {MAX_OPEN} batches that have not ended; wait for one, or cancel it")
+        if outcome == "no_upload":
+            raise InvalidParams(f"{found}: there is no such upload any more")
         if outcome == "torn":
             raise Unavailable("the batch took too long to be written down; try again", retry_after=2)
         self._bell.set()
@@ -173,11 +179,14 @@ class Batches:
 
     async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> set[str]:
         """Write the members down; the uploads that they are made from."""
-        key, lines, index, uploads = keys.BATCH_PLAN + batch_id, Texts(), 0, set[str]()
+        key, lines, index, uploads, size = keys.BATCH_PLAN + batch_id, Texts(), 0, set[str](), 0
         async for member in members:
             uploads.update(member.params.uploads)
             lines.append(await self._member(tenant, batch_id, index, member))
             index += 1
+            size += len(lines[-1])
+            if size > PLAN_BYTES:
+                raise TooLarge(f"the batch's jobs take more than {PLAN_BYTES} bytes; hand it in as several")
             if len(lines) == PLAN_STEP:
                 await self._write(key, lines)
                 lines = []
@@ -186,6 +195,7 @@ class Batches:
         return uploads
 
     async def _write(self, key: str, lines: Texts) -> None:
+        await self._queue.check_memory()
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.rpush(key, *lines)
         pipeline.expire(key, PLAN_SECONDS)

@@ -99,6 +99,11 @@ def _typed(fields: dict[str, str]) -> dict[str, Any]:
     return {**fields, "at": int(fields["at"])}
 
 
+async def position_in(redis: Redis, feed: _Listed, after: int) -> int:
+    """`after`, or 0 where no event has that number: it was another history's, and this one is told from its start."""
+    return after if after and after <= await redis.llen(feed.key) else 0
+
+
 async def last_of(redis: Redis, feed: OfTenant) -> int:
     """The number of a tenant's latest event, 0 where there is none."""
     found: Any = await redis.xrevrange(feed.key, count=1)
@@ -131,9 +136,9 @@ class Hub:
         """An event that is set whenever the feed has grown, and after any (re)connection."""
         channel, bell = feed.key, asyncio.Event()
         self._waiters[channel].add(bell)
-        if len(self._waiters[channel]) == 1:
-            await self._subscribe(channel)
         try:
+            if len(self._waiters[channel]) == 1:
+                await self._subscribe(channel)
             yield bell
         finally:
             self._waiters[channel].discard(bell)

@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -188,18 +188,24 @@ def webhook_secret(settings: Settings) -> str:
 
 
 def url_secret(settings: Settings) -> str:
-    """The secret that signs the disk store's URLs; derived from the webhook secret so that processes agree on it."""
-    return webhook_secret(settings)
+    """The secret that signs the disk store's URLs, generated into its folder once, where all processes find it.
+
+    None other would do: tenants are shown the webhook secret. Empty where the store signs by itself.
+    """
+    parts = urlsplit(settings.storage)
+    if parts.scheme != "file" or not parts.path.startswith("/"):
+        return ""
+    return _kept(Path(unquote(parts.path)) / ".url_secret", lambda: secrets.token_urlsafe(32), "SAFELIGHT_STORAGE_URL")
 
 
-def _kept(file: Path, make: Callable[[], str]) -> str:
+def _kept(file: Path, make: Callable[[], str], setting: str = "SAFELIGHT_DATA") -> str:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _write_once(file, make())
         return file.read_text().strip()
     except OSError as error:
-        raise ConfigError(f"SAFELIGHT_DATA: cannot write {file}: {error.strerror}; name a writable folder") from error
+        raise ConfigError(f"{setting}: cannot write {file}: {error.strerror}; name a writable folder") from error
 
 
 def _write_once(file: Path, text: str) -> None:

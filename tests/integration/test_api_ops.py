@@ -175,6 +175,14 @@ def test_an_expired_url_opens_nothing(client, api, url):
     assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
 
 
+def test_the_webhook_secret_which_tenants_see_signs_no_urls(client, api, url):
+    key = urlsplit(url).path.removeprefix("/v1/files/")
+    seen = client.get("/v1/webhook-secret").json()["secret"]
+    storage = open_storage(api.settings.storage, public_url=api.url, secret=seen.encode())
+    assert client.get(url).status_code == 200
+    assert client.get(storage.sign(key, 60)).status_code == 403
+
+
 def test_with_a_bucket_there_is_no_files_route(start_api, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")

@@ -281,6 +281,14 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut(client):
     assert np.abs(np.asarray(kept.convert("L")).astype(int) - ramp // 256).max() <= 1
 
 
+@pytest.mark.parametrize("path", ["/v1/uploads", "/v1/images/edits", "/v1/images/variations"])
+@pytest.mark.parametrize(("charset", "name"), [("undefined", "image"), ("unicode_escape", r"\ud800")])
+def test_a_form_in_a_charset_of_no_use_is_refused(client, path, charset, name):
+    part = f'--x\r\nContent-Disposition: form-data; name="{name}"; filename="a"\r\n\r\na\r\n--x--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    assert client.post(path, content=part.encode(), headers=headers).status_code in {400, 422}
+
+
 @pytest.mark.timeout(120 + 2 * FUZZ_SECONDS)
 def test_whatever_is_uploaded_gets_an_answer_and_the_api_does_not_grow(client):
     """`FUZZ_SECONDS=300` is the long form."""

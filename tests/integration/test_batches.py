@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.core import batches
 from app.core import redis_keys as keys
 from app.core.limits import set_limits
 from app.core.retention import sweep
@@ -434,6 +435,32 @@ def test_a_picture_that_many_members_name_is_taken_in_once(client):
     images = {job["params"]["image"] for job in jobs_of(client, batch)}
     assert [image[:7] for image in images] == ["upload_"]
     assert len(client.get("/v1/uploads").json()["data"]) == 1
+
+
+def test_a_batch_whose_jobs_would_fill_redis_is_refused_and_leaves_nothing(client, redis, monkeypatch):
+    monkeypatch.setattr(batches, "PLAN_BYTES", 200_000)
+    reply = client.post("/v1/batches", json={"request": {"prompt": "x"}, "matrix": {"seed": list(range(1000))}})
+    assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
+    assert not redis.keys(f"{keys.BATCH_PLAN}*")
+    submit(client, requests=small(100))
+
+
+def test_a_deleted_batchs_key_makes_another(client):
+    headers = {"Idempotency-Key": "one"}
+    first = submit(client, headers=headers, requests=small(30))
+    assert client.delete(f"/v1/batches/{first['id']}").status_code == 204
+    assert submit(client, headers=headers, requests=small(30))["id"] != first["id"]
+
+
+def test_a_stream_after_an_event_that_never_was_is_told_from_the_start(client):
+    batch = submit(client, requests=small(1))
+    wait_for(client, batch, "processing")
+    [job] = jobs_of(client, batch)
+    beyond = {"Last-Event-ID": "99999"}
+    paths = (f"/v1/batches/{batch['id']}/events", f"/v1/jobs/{job['id']}/events")
+    with client.stream("GET", paths[0], headers=beyond) as one, client.stream("GET", paths[1], headers=beyond) as two:
+        assert client.post(f"/v1/batches/{batch['id']}/cancel").status_code == 200
+        assert ["event: canceled" in "".join(stream.iter_text()) for stream in (one, two)] == [True, True]
 
 
 def test_too_many_open_batches_are_a_conflict(client):

@@ -1,6 +1,6 @@
 -- Bring a batch into being whose plan (the members, each as submit.lua takes it) lies ready: from here on it is promised.
 -- ARGV: id, tenant, idempotency digest or '', fingerprint, retention (ms), fields of the batch (JSON object), how many
--- batches of a tenant may be open, then the uploads that its members name. Returns {outcome, id}; outcomes: created, existing, mismatch, many, torn.
+-- batches of a tenant may be open, then the uploads that its members name. Returns {outcome, id}; outcomes: created, existing, mismatch, many, torn, no_upload.
 local id, tenant, digest, fingerprint, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local idempotency = IDEMPOTENCY .. tenant .. ':' .. digest
 if digest ~= '' then
@@ -18,6 +18,12 @@ if redis.call('LLEN', BATCH_PLAN .. id) ~= tonumber(wanted.total) then return {'
 if redis.call('SCARD', BATCHES_OPEN .. tenant) >= tonumber(ARGV[7]) then
   redis.call('UNLINK', BATCH_PLAN .. id)
   return {'many', id}
+end
+for i = 8, #ARGV do
+  if redis.call('HGET', UPLOAD .. ARGV[i], 'tenant') ~= tenant then
+    redis.call('UNLINK', BATCH_PLAN .. id)
+    return {'no_upload', ARGV[i]}
+  end
 end
 
 local created = unique_microseconds()

@@ -36,7 +36,7 @@ local function admit(tenant, count, cost, rules)
     if reason == '' then
       tokens = tokens - cost
       redis.call('HSET', BUCKET .. tenant, 'tokens', string.format('%.0f', tokens), 'at', at)
-      redis.call('PEXPIRE', BUCKET .. tenant, math.ceil(1000 * (burst - tokens) / rate) + 60000)
+      redis.call('PEXPIRE', BUCKET .. tenant, math.min(math.ceil(1000 * (burst - tokens) / rate) + 60000, 1e12))
     end
     return reason, wait, burst, tokens, 1000 * (burst - tokens) / rate
   end

@@ -98,6 +98,17 @@ def test_a_vae_that_a_pipeline_would_turn_to_float32_in_place_is_refused(tiny_fo
         warm(spec_of(tiny_folder), pipe, torch.device("cpu"), torch.float16)
 
 
+def test_in_bfloat16_no_pipeline_turns_the_vae_to_float32(tiny_folder):
+    pipe = build_family("SDXL").pipe
+    assert pipe.vae.config.force_upcast
+    loaded = warm(
+        spec_of(tiny_folder, tasks=("text_to_image", "image_to_image")), pipe, torch.device("cpu"), torch.bfloat16
+    )
+
+    assert not loaded.pipe.vae.config.force_upcast
+    assert not loaded.variants.get("image_to_image").vae.config.force_upcast
+
+
 def test_the_tiny_model_loads_complete_and_ready(model):
     assert type(model.pipe).__name__ == "StableDiffusionPipeline"
     assert set(model.modules) == {"unet", "text_encoder", "vae.encode", "vae.decode"}

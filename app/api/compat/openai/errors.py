@@ -1,12 +1,12 @@
 """Errors in OpenAI's shape, for every way in which a request of the dialect can fail."""
 
+import json
 from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from redis.exceptions import RedisError
@@ -60,7 +60,8 @@ class Refused(Exception):  # noqa: N818  # it is no error of ours, but an answer
         self.body = ErrorReply(error=ErrorBody(message=message, type=kind, param=param, code=code))
 
     def reply(self) -> Response:
-        return JSONResponse(self.body.model_dump(), self.status, self.headers)
+        # In ASCII: the name of a field may hold what UTF-8 cannot write.
+        return Response(json.dumps(self.body.model_dump()), self.status, self.headers, "application/json")
 
 
 class DialectRoute(APIRoute):

@@ -42,8 +42,9 @@ async def read(
             pictures = _pictures(form, files)
             asked = _fields(form, kind)
             return asked, {name: await _kept(name, file, caller, deps) for name, file in pictures.items()}
-    except MultiPartException as error:
-        raise Refused(f"the body is no multipart/form-data: {error.message}", code="invalid_body") from error
+    except (MultiPartException, UnicodeError) as error:
+        why = error.message if isinstance(error, MultiPartException) else "its charset is not one"
+        raise Refused(f"the body is no multipart/form-data: {why}", code="invalid_body") from error
 
 
 def _pictures(form: FormData, files: Sequence[str]) -> dict[str, UploadFile]:
