@@ -11,7 +11,7 @@ from tests.integration.test_limits import ROW, pace, submit
 from tests.integration.test_limits_load import at, stub_service
 
 SEED = 20261126
-JOBS = int(os.environ.get("JOBS", "80"))
+JOBS = int(os.environ.get("JOBS", "120"))
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_what_was_expected_is_about_what_happens(tmp_path, forks):
     ]
     with stub_service(tmp_path, forks) as built:
         # The worker learns how much slower than its bare denoiser it is.
-        for job_id in [built.submit(num_inference_steps=30) for _ in range(24)]:
+        for job_id in [built.submit(num_inference_steps=30) for _ in range(40)]:
             built.wait(job_id, 60)
         with ThreadPoolExecutor(4) as pool:
             ids = list(pool.map(lambda request: built.submit(**request), wanted))
