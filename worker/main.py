@@ -59,7 +59,6 @@ class ForwardMetrics:
         self._metrics = metrics
         self._denoisers: dict[str, str] = {}
         self.busy_seconds: dict[str, float] = {}
-        self.longest = 0.0  # seconds
 
     def attach(self, targets: Mapping[str, Target]) -> None:
         """A model came into memory."""
@@ -69,7 +68,6 @@ class ForwardMetrics:
         self.busy_seconds = dict.fromkeys(found.values(), 0.0) | self.busy_seconds
 
     def forward(self, module_name: str, rows: int, runs: int, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
         self._metrics.forward_seconds_total.labels(*module_name.split(":", 1)).inc(seconds)
         if module_name not in self._denoisers:
             return

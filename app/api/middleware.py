@@ -28,7 +28,7 @@ LARGER: Final = {  # bytes, where pictures come along: base64 in JSON, or as the
     "/v1/images/variations": 21 * 2**20,
 }
 # Quotes, commas and opening brackets in JSON. Parsing and checking hold up everyone: 8 MiB of them are three seconds.
-MAX_MARKS: Final = 100_000
+MAX_MARKS: Final = 250_000
 MORE_MARKS: Final = {"/v1/batches": 1_000_000}  # ten thousand requests, with their prompts
 MARKS: Final = (b'"', b",", b"[", b"{")
 BODY_SECONDS: Final = 30.0  # from the request's head to the end of its body

@@ -111,6 +111,11 @@ class Service:
     def log(self, slot: Slot) -> Path:
         return self.folder / f"{slot.name}.log"
 
+    def times(self, slot: Slot, event: str) -> int:
+        """How often a part has logged an event; its log may not be there yet."""
+        log = self.log(slot)
+        return log.read_text().count(event) if log.exists() else 0
+
     def retire(self, slot: Slot) -> None:
         """Kill a part for good."""
         slot.is_wanted = False

@@ -65,7 +65,7 @@ BODIES = {
     "infinity in metadata": b'{"prompt": "x", "metadata": {"a": 1e999}}',
     "a huge seed": b'{"prompt": "x", "seed": %s}' % (b"9" * 400),
     "a number of 5000 digits": b'{"prompt": "x", "seed": %s}' % (b"9" * 5000),
-    "nested 90,000 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 90_000 + b"]" * 90_000),
+    "nested 100,000 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 100_000 + b"]" * 100_000),
     "nested 900 deep": b'{"prompt": "x", "metadata": {"a": %s}}' % (b"[" * 900 + b"]" * 900),
     "an unknown field": b'{"prompt": "x", "steps": 3}',
     "a long unknown field": b'{"prompt": "x", "%s": 3}' % (b"y" * 5000),

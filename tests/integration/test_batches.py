@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.api.batch_members import Pictures
 from app.core import batches
 from app.core import redis_keys as keys
 from app.core.limits import set_limits
@@ -435,6 +436,18 @@ def test_a_picture_that_many_members_name_is_taken_in_once(client):
     images = {job["params"]["image"] for job in jobs_of(client, batch)}
     assert [image[:7] for image in images] == ["upload_"]
     assert len(client.get("/v1/uploads").json()["data"]) == 1
+
+
+def test_a_controls_picture_is_known_by_its_id_from_the_second_member_on():
+    pictures = Pictures(None, "default")
+    pictures._known = {"data:image/png;base64,x": "upload_1"}
+    control = {"type": "edges", "image": "data:image/png;base64,x"}
+    member = {"image": "data:image/png;base64,x", "controls": [control, {"type": "depth"}, 7], "prompt": "a"}
+    assert pictures.known(member) == {
+        "image": "upload_1",
+        "controls": [{"type": "edges", "image": "upload_1"}, {"type": "depth"}, 7],
+        "prompt": "a",
+    }
 
 
 def test_a_batch_whose_jobs_would_fill_redis_is_refused_and_leaves_nothing(client, redis, monkeypatch):

@@ -50,7 +50,7 @@ def test_two_versions_under_rolling_restarts_lose_nothing_and_use_no_try_up(fork
         built.wait_until(built.is_ready, 60)
         for number in range(RESTARTS):
             slot = built.workers[number % 2]
-            built.wait_until(lambda slot=slot: built.log(slot).read_text().count("worker.ready") == slot.starts, 60)
+            built.wait_until(lambda slot=slot: built.times(slot, "worker.ready") == slot.starts, 60)
             job_ids += [submit(built, len(job_ids) + i) for i in range(6)]
             time.sleep(0.2)
             child = slot.child

@@ -137,7 +137,7 @@ def test_rolling_restarts_lose_nothing_and_use_no_try_up(built, history):
     job_ids = []
     for number in range(RESTARTS):
         slot = slots[number % 2]
-        built.wait_until(lambda slot=slot: built.log(slot).read_text().count("worker.ready") == slot.starts, 20)
+        built.wait_until(lambda slot=slot: built.times(slot, "worker.ready") == slot.starts, 20)
         job_ids += [built.submit(model=model, seed=len(job_ids) + i, num_inference_steps=30) for i in range(6)]
         child = slot.child
         child.send_signal(signal.SIGTERM)

@@ -15,6 +15,7 @@ from app.core.metrics import WorkerMetrics
 from app.core.processes import Process
 from tests.chaos.stub_worker import stub_model
 from worker.engine.engine import Engine
+from worker.engine.faults import DeviceLost
 from worker.turns import PATIENCE_SECONDS, Turns
 from worker.warm import BROKEN_SECONDS, STAY, TRIES, Keeper, Memory, State
 
@@ -100,6 +101,18 @@ def bench():
         made.go.set()
         made.keeper.close()
         made.engine.close()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceLost("x")]
+)
+def test_a_device_lost_in_a_load_ends_the_worker_and_not_the_load_alone(bench, error):
+    made = bench("a", "b", room=1)
+    made.errors["b"] = error
+    made.keeper.enter("b")
+    made.keeper.turn()
+    with pytest.raises(DeviceLost):
+        made.ended()
 
 
 def test_what_fits_is_loaded_at_the_start_pinned_ones_first(bench):

@@ -1,4 +1,7 @@
+import gc
 import time
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -282,6 +285,31 @@ def test_a_call_whose_rows_do_not_fit_at_once_is_made_in_parts_and_never_tried_w
     assert run.result == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert toy.batches.count(5) == 1
     assert max(toy.batches[-3:]) == 2
+
+
+def test_padded_batches_that_do_not_fit_lower_the_cap_of_others_no_further_than_their_size_says():
+    toy = Toy(fits=7)
+    engine = engine_of(toy, bucket=8)
+    for i in range(4):
+        engine.add(toy_run(toy, f"r{i}", 1, reproducible=True))
+    finish(engine)
+
+    assert set(toy.batches) == {8}
+    assert set(engine.batcher.limits.values()) == {4}
+
+
+def test_what_a_run_was_made_from_goes_with_its_end():
+    toy, source = Toy(), Toy()
+    gone = weakref.ref(source)
+    run = Run("a", partial(lambda _, run: walk(toy, 1, 0.0, run), source), 1)
+    del source
+    engine = engine_of(toy)
+    engine.add(run)
+    finish(engine)
+    gc.collect()
+
+    assert run.result == 1.0
+    assert gone() is None
 
 
 def test_a_reproducible_call_that_does_not_fit_is_not_made_in_parts():
