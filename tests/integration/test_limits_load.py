@@ -20,7 +20,7 @@ from tests.chaos.nursery import nursery
 from tests.chaos.service import Service, service
 
 SEED = 20261125
-STEP, ROW = 0.05, 0.0125  # seconds of a forward: as quick for four rows as for one
+STEP, ROW = 0.025, 0.00625  # seconds of a forward: as quick for four rows as for one
 CAPACITY = 1 / ROW  # rows a second
 
 
