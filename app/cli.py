@@ -1,6 +1,7 @@
 """`safelight ...`: one command for the whole service, one for each process, and the API keys."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -122,28 +123,33 @@ def limits() -> None:
 
 
 class _Limit(click.ParamType[float | str]):
-    name = "NUMBER|default"
+    """A number of a kind and within bounds, or the word default."""
+
+    def __init__(self, kind: type[float], least: float = 0, most: float = 1e9) -> None:
+        self._kind, self._least, self._most = kind, least, most
+        self.name = f"{'WHOLE ' if kind is int else ''}NUMBER|default"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         if value == "default":
             return "default"
         try:
-            number = float(value)
+            number = self._kind(value)
         except ValueError:
-            number = -1.0
-        if not 0 <= number <= 1e9:
-            self.fail(f"{value!r} is neither a number from 0 on nor the word default", param, ctx)
+            number = math.nan
+        if not self._least <= number <= self._most:
+            kind = "whole number" if self._kind is int else "number"
+            self.fail(f"{value!r} is neither a {kind} from {self._least:g} to {self._most:g} nor default", param, ctx)
         return number
 
 
 @limits.command("set")
 @click.argument("tenant")
-@click.option("--rate", type=_Limit(), help="Denoiser-seconds it may hand in, a second.")
-@click.option("--burst", type=_Limit(), help="Denoiser-seconds at once; 0: a minute of the rate.")
-@click.option("--max-running", type=_Limit(), help="Jobs in the making.")
-@click.option("--max-waiting", type=_Limit(), help="Jobs that wait.")
-@click.option("--max-streams", type=_Limit(), help="Event streams at each process of the API.")
-@click.option("--weight", type=click.FloatRange(0.01, 1000), help="Of its share where several tenants' jobs wait.")
+@click.option("--rate", type=_Limit(float), help="Denoiser-seconds it may hand in, a second.")
+@click.option("--burst", type=_Limit(float), help="Denoiser-seconds at once; 0: a minute of the rate.")
+@click.option("--max-running", type=_Limit(int), help="Jobs in the making.")
+@click.option("--max-waiting", type=_Limit(int), help="Jobs that wait.")
+@click.option("--max-streams", type=_Limit(int), help="Event streams at each process of the API.")
+@click.option("--weight", type=_Limit(float, 0.01, 1000), help="Of its share where several tenants' jobs wait.")
 def set_(tenant: str, **given: float | str | None) -> None:
     """Give TENANT limits of its own, at once; `default` takes one back, 0 is no limit."""
     check_tenant(tenant)

@@ -16,4 +16,6 @@ GRAFANA_PASSWORD=$(random -hex 12)
 #SAFELIGHT_PUBLIC_URL=https://safelight.example.org
 #S3_PUBLIC_URL=https://files.example.org
 #BIND=0.0.0.0
+# What Redis may take, some 1,500 bytes a waiting job; new jobs are refused from four fifths of it on:
+#REDIS_MEMORY=1gb
 EOF

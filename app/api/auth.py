@@ -61,7 +61,7 @@ def needed(endpoint: Callable[..., Any]) -> Scope:
 async def authenticate(request: Request, deps: Deps, given: Credentials) -> Identity:
     """Raises Unauthorized without a good key, and Forbidden for one that may not do this.
 
-    Also Forbidden where the service is open but called by a name not its own.
+    Also Forbidden where the service is open but called by a name not its own, or from a page of another site.
     """
     caller = await _identify(request, deps, given)
     scope = needed(request.scope["endpoint"])
@@ -78,6 +78,7 @@ async def _identify(request: Request, deps: Services, given: HTTPAuthorizationCr
         return ANYTHING
     if await _is_open(deps):
         _check_host(request)
+        _check_origin(request, deps.settings)
         return ANYTHING
     if given and (key := await deps.keys.find(given.credentials)):
         return Identity(key.tenant, frozenset(key.scopes), key.id)
@@ -115,6 +116,15 @@ def _check_host(request: Request) -> None:
     host = request.headers.get("host", "")
     if not _is_loopback(host):
         raise Forbidden("without keys this service answers to localhost only; make a key to use another name")
+
+
+def _check_origin(request: Request, settings: Settings) -> None:
+    # A page of any site may have the browser on this machine post a form here, unasked; it then says whose page it is.
+    origin = request.headers.get("origin")
+    if origin is None or origin in settings.cors_origins or "*" in settings.cors_origins:
+        return
+    if not _is_loopback(origin.partition("://")[2]):
+        raise Forbidden("without keys this service takes nothing from pages of other sites: see SAFELIGHT_CORS_ORIGINS")
 
 
 def _is_loopback(host: str) -> bool:

@@ -80,3 +80,7 @@ def check_server(redis: Redis) -> None:
         log.warning(
             "redis.not_durable", remedy="set appendonly yes and appendfsync always: a crash loses accepted jobs"
         )
+    if not info["maxmemory"]:
+        log.warning(
+            "redis.unbounded", remedy="set maxmemory: only from it are new jobs refused before the memory is full"
+        )

@@ -117,6 +117,25 @@ def test_the_open_service_answers_to_localhost(client, host):
     assert client.get("/v1/jobs", headers={"Host": host}).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost.evil.example", "null", "", "127.0.0.1"])
+def test_the_open_service_takes_nothing_from_pages_of_other_sites(client, origin):
+    refused = client.post("/v1/uploads", files={"file": b"x"}, headers={"Origin": origin})
+    assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+    assert client.get("/v1/jobs", headers={"Origin": origin}).status_code == 403
+
+
+def test_the_open_service_takes_what_pages_of_this_machine_send_and_those_it_was_told_of(start_api):
+    with start_api(cors_origins="https://app.example").client() as client:
+        for origin in ("http://localhost:3000", "http://127.0.0.1:8000", "http://[::1]", "https://app.example"):
+            assert client.get("/v1/jobs", headers={"Origin": origin}).status_code == 200
+        assert client.get("/v1/jobs", headers={"Origin": "http://app.example"}).status_code == 403
+
+
+def test_with_keys_any_page_may_ask(guarded):
+    headers = bearer(BOOTSTRAP) | {"Origin": "https://evil.example"}
+    assert guarded.get("/v1/jobs", headers=headers).status_code == 200
+
+
 def test_with_keys_any_name_will_do(guarded):
     reply = guarded.get("/v1/jobs", headers=bearer(BOOTSTRAP) | {"Host": "safelight.example"})
     assert reply.status_code == 200

@@ -189,3 +189,23 @@ def test_the_command_sets_and_shows_limits(redis, redis_url, tmp_path):
     assert redis.hgetall(keys.LIMITS + "acme") == {"rate": "2", "max_running": "3", "weight": "2"}
     assert "max_running" not in run("set", "acme", "--max-running", "default")
     assert run("show", "acme") == {"rate": 2.0, "weight": 2.0}
+    assert run("set", "acme", "--weight", "default") == {"rate": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-waiting", "0.5"),
+        ("--max-running", "-1"),
+        ("--max-streams", "many"),
+        ("--rate", "nan"),
+        ("--rate", "inf"),
+        ("--weight", "0"),
+    ],
+)
+def test_the_command_refuses_what_is_no_limit(redis, redis_url, tmp_path, option, value):
+    environment = {"SAFELIGHT_REDIS_URL": redis_url, "SAFELIGHT_DATA": str(tmp_path)}
+    done = CliRunner().invoke(commands, ["limits", "set", "acme", option, value], env=environment)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option}'" in done.output
+    assert not redis.exists(keys.LIMITS + "acme")

@@ -197,7 +197,7 @@ def test_of_five_times_the_load_what_is_accepted_is_made_and_the_rest_is_refused
         for _ in range(2):
             built.wait(built.submit(num_inference_steps=20))
         built.client.timeout = 60
-        seen = storm(built, times=5, seconds=8, steps=40)
+        seen = storm(built, times=5, seconds=5, steps=40)
     print(seen)
     assert seen.lost == []
     assert seen.accepted

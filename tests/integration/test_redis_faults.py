@@ -117,11 +117,15 @@ def test_a_connection_that_closes_under_a_write_is_an_error_of_redis_under_uvloo
 @pytest.mark.parametrize("name", redis_binaries())
 def test_a_redis_that_may_throw_jobs_away_is_refused_and_one_without_a_file_is_warned_of(tmp_path, name):
     with redis_server(tmp_path, redis_binaries()[name]) as server, connect(server.url) as redis:
-        check_server(redis)
-        redis.config_set("appendonly", "no")
+        redis.config_set("maxmemory", "1gb")
         with structlog.testing.capture_logs() as logs:
             check_server(redis)
-        assert [entry["event"] for entry in logs] == ["redis.not_durable"]
+        assert logs == []
+        redis.config_set("appendonly", "no")
+        redis.config_set("maxmemory", "0")
+        with structlog.testing.capture_logs() as logs:
+            check_server(redis)
+        assert [entry["event"] for entry in logs] == ["redis.not_durable", "redis.unbounded"]
         redis.config_set("maxmemory-policy", "allkeys-lru")
         with pytest.raises(ConfigError, match="noeviction"):
             check_server(redis)
