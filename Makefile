@@ -1,8 +1,9 @@
 # Two commands do everything: `make run` and `make test`.
 PYTHON ?= python3
-PORT ?= 8000
-HOST ?= 127.0.0.1
-DATA ?= ./var
+PORT ?= $(or $(SAFELIGHT_PORT),8000)
+# Not ?=, for shells and conda export a HOST of their own; `make run HOST=...` still wins.
+HOST := $(or $(SAFELIGHT_HOST),127.0.0.1)
+DATA ?= $(or $(SAFELIGHT_DATA),./var)
 BIN := .venv/bin
 
 .PHONY: run test bench chaos check format servers clean

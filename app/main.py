@@ -234,6 +234,9 @@ def serve(settings: Settings) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
         log.info("api.listening", host=bound.host, port=bound.port, url=bound.base_url)
+        if bound.is_unspecified and not bound.public_url:
+            remedy = "set SAFELIGHT_PUBLIC_URL to the URL that callers use"
+            log.warning("public_url.missing", links_begin_with=bound.base_url, remedy=remedy)
         server.run(sockets=[listener])
 
 

@@ -113,6 +113,12 @@ def add(name: str, source: str, revision: str | None, config: Path | None) -> No
 
 def _entry(source: str, revision: str | None, config: Path | None) -> dict[str, Any]:
     path = Path(source)
+    if revision and path.exists():
+        raise click.UsageError(f"--revision is of a hub repository, and {source} is here; leave it out")
+    if config and not path.exists():
+        raise click.UsageError(
+            f"--config is of a single file, and {source} is none here; leave it out, or mend the path"
+        )
     if path.exists():
         where: dict[str, Any] = {"source": str(path.resolve())}
         return where | ({"config": str(config.resolve())} if config else {})

@@ -1,7 +1,8 @@
 """The webhook process: takes what is due from the outbox, renders it, signs it and POSTs it until somebody has it.
 
 At least once: what was POSTed but not settled, because this process or Redis died in between, is sent again under the
-same id. A receiver that does not answer delays nobody else: each host has few places of its own.
+same id. A receiver that does not answer delays nobody else: each host has few places of its own, no tenant has all
+places, and few are for hosts that did not answer last time.
 """
 
 import asyncio
@@ -43,8 +44,11 @@ from app.core.webhooks import Attempt, Delivery, Outcome
 
 log = structlog.get_logger()
 
-CONCURRENCY: Final = 64  # attempts at a time
+CONCURRENCY: Final = 96  # attempts at a time
 PER_HOST: Final = 4  # of them to one host; to a host that did not answer last time, one
+PER_TENANT: Final = 64  # of them for one tenant
+TO_SILENT: Final = 16  # of them for one tenant to hosts that did not answer last time
+KNOWN: Final = 4096  # hosts that did not answer, remembered while nothing is on its way to them
 WAITING: Final = 128  # deliveries kept in hand for a busy host; the others go back to the outbox
 IN_HAND: Final = 1024  # of them in all
 STALE_SECONDS: Final = 30  # in hand this long: go back before the hold of `webhooks.take` ends
@@ -72,28 +76,53 @@ class Reply:
 
 
 @dataclass(slots=True)
-class Host:
-    """A receiver's host and port: the attempts under way to it, and what waits in hand for one of them to end."""
+class Places:
+    """Attempts under way, of which there may be `places` at a time."""
 
+    places: int
     running: int = 0
-    is_silent: bool = False
-    seconds: float = 0.02  # the last attempt took
+    seconds: float = 0.02  # an attempt takes, as of late
     next_due: float = 0.0  # when the place of the next one that is put back comes up (monotonic)
-    waiting: deque[tuple[Delivery, float]] = field(default_factory=deque)
-
-    @property
-    def places(self) -> int:
-        return 1 if self.is_silent else PER_HOST
 
     @property
     def has_room(self) -> bool:
         return self.running < self.places
 
-    def delay(self, now: float) -> float:
-        """Seconds to put the next delivery back for: each in turn, at the pace at which the host answers."""
+    def leave(self, seconds: float) -> None:
+        """An attempt has ended that took so long."""
+        self.running -= 1
+        self.seconds += (seconds - self.seconds) / 4
+
+    def delay(self, now: float, ahead: int = 0) -> float:
+        """Seconds to put the next delivery back for: each in turn, `ahead` at first, at the pace at which they end."""
         pace = self.seconds / self.places
-        self.next_due = max(self.next_due, now + len(self.waiting) * pace) + pace
+        self.next_due = max(self.next_due, now + ahead * pace) + pace
         return min(self.next_due - now, FAR_SECONDS)
+
+
+@dataclass(slots=True)
+class Host(Places):
+    """A receiver's host and port, and what waits in hand for an attempt to it to end."""
+
+    places: int = PER_HOST
+    is_silent: bool = False
+    waiting: deque[tuple[Delivery, float]] = field(default_factory=deque)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def hear(self, *, is_silent: bool) -> None:
+        """It has answered, or has not."""
+        self.is_silent, self.places = is_silent, 1 if is_silent else PER_HOST
+
+
+@dataclass(slots=True)
+class Tenant(Places):
+    """A tenant's attempts under way, and those of them to hosts that did not answer last time."""
+
+    places: int = PER_TENANT
+    to_silent: Places = field(default_factory=lambda: Places(TO_SILENT))
 
 
 Render = Callable[[Delivery], Awaitable[bytes]]
@@ -126,7 +155,11 @@ class Sender:
         self._probe_ms = probe_ms
         self._bell = asyncio.Event()
         self._stopping = asyncio.Event()
+        # Past its schedule and a day more for busy receivers a delivery is not put back again.
+        self._give_up_after = sum(schedule) * 1.15 + 86400
         self._hosts: dict[str, Host] = {}
+        self._in_hand = 0  # deliveries that wait for a host
+        self._tenants: dict[str, Tenant] = {}
         self._busy_until = 0.0  # the last of what was put back is due (monotonic)
         self._attempts: set[asyncio.Task[None]] = set()
         self._errands: set[asyncio.Task[None]] = set()  # deliveries on their way back to the outbox
@@ -198,11 +231,26 @@ class Sender:
     def _admit(self, delivery: Delivery) -> None:
         host = self._hosts.setdefault(_origin(delivery.url), Host())
         if host.has_room:
-            self._begin(host, delivery)
-        elif len(host.waiting) < WAITING and sum(len(h.waiting) for h in self._hosts.values()) < IN_HAND:
+            self._begin_if_it_may(host, delivery)
+        elif len(host.waiting) < WAITING and self._in_hand < IN_HAND:
             host.waiting.append((delivery, time.monotonic()))
+            self._in_hand += 1
         else:
-            self._put_back(delivery, host.delay(time.monotonic()))
+            self._put_back(delivery, host.delay(time.monotonic(), len(host.waiting)))
+
+    def _begin_if_it_may(self, host: Host, delivery: Delivery) -> None:
+        """Begin an attempt, or put it back where its tenant has too many under way."""
+        for places in self._also(host, delivery):
+            if not places.has_room:
+                self._put_back(delivery, places.delay(time.monotonic()))
+                self._forget(_origin(delivery.url), delivery.tenant)
+                return
+        self._begin(host, delivery)
+
+    def _also(self, host: Host, delivery: Delivery) -> list[Places]:
+        """Whose places an attempt takes, besides its host's."""
+        tenant = self._tenants.setdefault(delivery.tenant, Tenant())
+        return [tenant, tenant.to_silent] if host.is_silent else [tenant]
 
     def _set_aside(self, delivery: Delivery) -> None:
         """Give up what its endpoint is not to have; what it cannot have now keeps to its schedule, without a call."""
@@ -213,33 +261,59 @@ class Sender:
         unmade = Attempt(time.time(), outcome, None, 0.0)
         task = asyncio.create_task(self._record(delivery, unmade, delay))
         self._attempts.add(task)  # so that there are as few at a time as of those that are made
-        task.add_done_callback(self._attempts.discard)
+        task.add_done_callback(self._leave)
 
     def _begin(self, host: Host, delivery: Delivery) -> None:
-        host.running += 1
+        began, taken = time.monotonic(), [host, *self._also(host, delivery)]
+        for places in taken:
+            places.running += 1
         task = asyncio.create_task(self._deliver(host, delivery))
         self._attempts.add(task)
-        task.add_done_callback(lambda done: self._ended(done, host, delivery))
+        task.add_done_callback(lambda done: self._ended(done, began, host, delivery, taken))
 
-    def _ended(self, task: asyncio.Task[None], host: Host, delivery: Delivery) -> None:
+    def _leave(self, task: asyncio.Task[None]) -> None:
         if len(self._attempts) == CONCURRENCY:
             self._bell.set()
         self._attempts.discard(task)
-        host.running -= 1
+
+    def _ended(
+        self, task: asyncio.Task[None], began: float, host: Host, delivery: Delivery, taken: Sequence[Places]
+    ) -> None:
+        self._leave(task)
+        for places in taken:
+            places.leave(time.monotonic() - began)
         while host.waiting and host.has_room:
             waiting, since = host.waiting.popleft()
+            self._in_hand -= 1
             if self._stopping.is_set():
                 self._put_back(waiting, 0)
             elif time.monotonic() - since > STALE_SECONDS:
-                self._put_back(waiting, host.delay(time.monotonic()))
+                self._put_back(waiting, host.delay(time.monotonic(), len(host.waiting)))
             else:
-                self._begin(host, waiting)
-        if not host.running and not host.waiting:
-            self._hosts.pop(_origin(delivery.url), None)
+                self._begin_if_it_may(host, waiting)
+        self._forget(_origin(delivery.url), delivery.tenant)
+
+    def _forget(self, origin: str, tenant: str) -> None:
+        """Keep nothing of those that nothing is on its way to, but that some hosts did not answer."""
+        if (host := self._hosts.get(origin)) and host.is_idle:
+            del self._hosts[origin]
+            if host.is_silent:
+                self._hosts[origin] = host  # the last to be forgotten
+        if len(self._hosts) > KNOWN:
+            oldest = next((name for name, known in self._hosts.items() if known.is_idle), None)
+            if oldest:
+                del self._hosts[oldest]
+        if tenant in self._tenants and not self._tenants[tenant].running:
+            del self._tenants[tenant]
 
     def _put_back(self, delivery: Delivery, seconds: float) -> None:
+        if seconds and time.time() - delivery.since > self._give_up_after:
+            self._count(Outcome.GIVEN_UP)
+            unmade = Attempt(time.time(), Outcome.GIVEN_UP, None, 0.0)
+            self._go(webhooks.settle(self._redis, delivery.id, unmade, keep_ms=self._keep_ms, turn=delivery.turn))
+            return
         self._busy_until = max(self._busy_until, time.monotonic() + seconds + BUSY_SECONDS)
-        self._go(webhooks.put_back(self._redis, delivery.id, seconds))
+        self._go(webhooks.put_back(self._redis, delivery.id, seconds, turn=delivery.turn))
 
     def _go(self, errand: Awaitable[None]) -> None:
         async def run() -> None:
@@ -254,6 +328,7 @@ class Sender:
         for host in self._hosts.values():
             while host.waiting:
                 self._put_back(host.waiting.popleft()[0], 0)
+                self._in_hand -= 1
         if under_way := self._attempts | self._errands:
             _, left = await asyncio.wait(under_way, timeout=DRAIN_SECONDS)
             for task in left:
@@ -267,17 +342,18 @@ class Sender:
             failpoints.reach("before_webhook", job_id)
             outcome, delay, about = self._judge(delivery, reply := await self._attempt(delivery))
             failpoints.reach("after_webhook", job_id)
-            status, host.is_silent = reply.status, reply.status is None
+            status = reply.status
+            host.hear(is_silent=status is None)
             await self._learn(delivery, outcome)
         except (AddressRefused, httpx2.InvalidURL) as error:
             outcome, delay, about = Outcome.REFUSED, 0.0, str(error)
         except Exception as error:  # noqa: BLE001  # one delivery, whatever is wrong with it, stops no other
             bound.warning("webhook.not_rendered", exc_info=not isinstance(error, SafelightError))
             outcome, delay, about = *self._again(delivery), type(error).__name__
-        host.seconds = time.monotonic() - began
+        seconds = time.monotonic() - began
         level = bound.info if outcome in (Outcome.DELIVERED, Outcome.RETRIED) else bound.warning
-        level("webhook.attempt", outcome=outcome.value, about=about, seconds=round(host.seconds, 3))
-        await self._record(delivery, Attempt(time.time(), outcome, status, host.seconds), delay)
+        level("webhook.attempt", outcome=outcome.value, about=about, seconds=round(seconds, 3))
+        await self._record(delivery, Attempt(time.time(), outcome, status, seconds), delay)
 
     async def _attempt(self, delivery: Delivery) -> Reply:
         """POST it once. Raises AddressRefused."""
@@ -328,9 +404,9 @@ class Sender:
         while True:
             try:
                 if attempt.outcome.is_final:
-                    await webhooks.settle(self._redis, delivery.id, attempt, keep_ms=self._keep_ms)
+                    await webhooks.settle(self._redis, delivery.id, attempt, keep_ms=self._keep_ms, turn=delivery.turn)
                 else:
-                    await webhooks.postpone(self._redis, delivery.id, delay, attempt)
+                    await webhooks.postpone(self._redis, delivery.id, delay, attempt, turn=delivery.turn)
             except (RedisError, OSError) as error:
                 if time.monotonic() > deadline or self._stopping.is_set():
                     log.warning("webhook.unsettled", delivery=delivery.id, error=type(error).__name__)

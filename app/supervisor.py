@@ -334,8 +334,10 @@ def _size(file: Path) -> int:
 def _rotate(log: Path) -> None:
     # Emptied in place: the part goes on appending to the file it has open.
     if _size(log) > LOG_BYTES:
-        shutil.copyfile(log, log.with_suffix(".log.1"))
-        os.truncate(log, 0)
+        with suppress(OSError):  # best effort: on a full disk there is room only once the log is emptied
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+        with suppress(OSError):  # next time, then: no log is worth the service
+            os.truncate(log, 0)
 
 
 def _listenable(settings: Settings) -> int:

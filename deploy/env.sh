@@ -1,7 +1,6 @@
 #!/bin/sh
-# Print an .env for docker-compose.yml with fresh secrets: deploy/env.sh > .env
+# Print an .env for docker-compose.yml with fresh secrets: (umask 077; deploy/env.sh > .env)
 set -eu
-umask 077
 
 random() { openssl rand "$@"; }
 

@@ -5,6 +5,7 @@ those that no job needs make room for one that a job waits for; where all are bu
 it takes no new jobs and goes when it has made those it has. Pinned ones stay.
 """
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -190,12 +191,15 @@ class Keeper:
         return ended
 
     def start(self) -> None:
-        """Load what is pinned, the default and what else fits, one after another. Raises ConfigError if none loads."""
+        """Load what is pinned, the default and what else fits, one after another.
+
+        Raises ConfigError if none can be used, and whatever else the loads met if none did load: that may pass.
+        """
         for place in self.places.values():
             self._estimate(place)
         if not self.served:
             raise ConfigError("none of the served models can be used; the log says why for each")
-        first_error: BaseException | None = None
+        errors: list[BaseException] = []
         for place in sorted(self.places.values(), key=lambda p: (not p.spec.pinned, not p.spec.default)):
             is_first = not any(p.state is State.WARM for p in self.places.values())
             if place.state is State.UNFIT or not (place.spec.pinned or is_first or place.bytes <= self._free()):
@@ -203,9 +207,9 @@ class Keeper:
             self._submit(place, [], rows=None)
             found = self._loads.get()
             self._take(found)
-            first_error = first_error or found.error
+            errors += [found.error] if found.error else []
         if not any(place.state is State.WARM for place in self.places.values()):
-            raise first_error if isinstance(first_error, ConfigError) else ConfigError(f"no model loads: {first_error}")
+            raise next((error for error in errors if not isinstance(error, ConfigError)), errors[0])
 
     def close(self) -> None:
         """Wait for a load under way, and take nothing more in."""
@@ -306,24 +310,31 @@ class Keeper:
         """In the loading thread: from disk or the host's memory to the device, and a first picture there."""
         began = self._clock()
         try:
-            for model in leaving:
-                if model:
-                    move(model, torch.device("cpu"))
-            leaving.clear()
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
-            model = place.model
-            if model:
-                move(model, model.device)
-            else:
-                model = self._load(place.spec)
-            curves = self._try_out(place.name, model, known, rows)
+            park(leaving)
+            model, curves = self._bring(place, known, rows)
             loaded = Loaded(place.name, self._clock() - began, model, curves)
-        except (Exception, DeviceLost) as error:  # noqa: BLE001  # whatever is wrong with a model, the worker lives
+        except (Exception, DeviceLost) as error:  # whatever is wrong with a model, the worker lives
             lost = DeviceLost(str(error)) if is_device_lost(error) else error
             loaded = Loaded(place.name, self._clock() - began, error=lost)
+            if not isinstance(lost, DeviceLost):
+                log.exception("model.not_loaded", model=place.name, tries=place.tries + 1)
+                untie(error)
+                collect()
         self._loads.put(loaded)
         self.bell.set()
+
+    def _bring(self, place: Place, known: Mapping[Shape, Curve], rows: int) -> tuple[WarmModel, dict[Shape, Curve]]:
+        """The model on the device, from the host's memory or from disk, and what a first picture measured."""
+        model = place.model
+        if model:
+            move(model, model.device)
+        else:
+            model = self._load(place.spec)
+        try:
+            return model, self._try_out(place.name, model, known, rows)
+        except BaseException:
+            close(model)
+            raise
 
     def _try_out(self, name: str, model: WarmModel, known: Mapping[Shape, Curve], rows: int) -> dict[Shape, Curve]:
         """A first picture in an engine of its own, which loads kernels and measures forwards beside the step loop."""
@@ -363,7 +374,6 @@ class Keeper:
         place.model, place.state = None, State.COLD
         place.tries += 1
         self._metrics.model_loads_total.labels(place.name, "failed").inc()
-        log.error("model.not_loaded", model=place.name, tries=place.tries, exc_info=loaded.error)
         assert loaded.error, "this is about an error"
         if is_out_of_memory(loaded.error):
             # The estimate was too low, or something else fills the device: alone on it, or not at all.
@@ -402,8 +412,33 @@ def move(model: WarmModel, device: torch.device) -> None:
             target.adapters.to(device)
 
 
+def park(leaving: list[WarmModel | None]) -> None:
+    """Empty the list: what is in it goes to the host's memory, and its room on the device is free."""
+    while leaving:
+        if model := leaving.pop():
+            move(model, torch.device("cpu"))
+    collect()
+
+
 def close(model: WarmModel) -> None:
     """Undo what ties its modules into a circle, so that their memory is free once nothing refers to them."""
     for target in model.modules.values():
         if target.adapters:
             target.adapters.close()
+    for module in modules_of(model):
+        for part in module.modules():
+            vars(part).pop("_diffusers_hook", None)  # diffusers' cache_context leaves it, and it refers to the module
+
+
+def untie(error: BaseException | None) -> None:
+    """Take their tracebacks from an error that is kept and from its causes: their frames hold what was being loaded."""
+    while error:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def collect() -> None:
+    """Give the device back what nothing refers to any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

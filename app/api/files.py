@@ -1,5 +1,6 @@
 """Objects of the disk store, by signed URL. An S3-like store has signed URLs of its own."""
 
+import stat
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Query
@@ -29,7 +30,11 @@ async def get_file(
     assert isinstance(deps.storage, DiskStorage)
     deps.storage.verify(key, token)
     path = deps.storage.path(key)
-    if not path.is_file():
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    if not found or not stat.S_ISREG(found.st_mode):
         raise NotFound("this object was deleted")
     # Inline, so that a browser shows it: the type is fixed by us, never guessed, and nothing in it may run.
     headers = {
@@ -40,6 +45,7 @@ async def get_file(
     _, owner, *_, name = key.split("/")
     return FileResponse(
         path,
+        stat_result=found,
         headers=headers,
         media_type=content_type_of(key),
         filename=f"{owner}-{name}",

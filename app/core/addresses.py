@@ -9,8 +9,9 @@ import asyncio
 import ipaddress
 import re
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpcore2
@@ -65,15 +66,44 @@ _REFUSED_PORTS = frozenset(
     (1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080)
 )
 _MAX_URL = 2048  # characters
+_lookups = threading.BoundedSemaphore(256)  # names being looked up at once
 _NAME = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
 # The URL standard's rule: a host whose last label is a number, also 0x.., is an IPv4 address in some spelling.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Every address that the system's resolver knows for a name, in its order of preference."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(sockaddr[0]) for *_, sockaddr in found]
+    """Every address that the system's resolver knows for a name, in its order of preference.
+
+    In a thread of its own, which may stay for as long as the resolver waits for a name server that is silent: in those
+    of the event loop, of which there are few, everybody's lookups would wait behind it. Raises OSError.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[str]] = loop.create_future()
+
+    def tell(found: list[str] | Exception) -> None:
+        if answer.done():  # nobody waits any longer
+            return
+        if isinstance(found, Exception):
+            answer.set_exception(found)
+        else:
+            answer.set_result(found)
+
+    def look_up() -> None:
+        found: list[str] | Exception
+        try:
+            found = [str(to[0]) for *_, to in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except (OSError, UnicodeError) as error:
+            found = OSError(str(error)) if isinstance(error, UnicodeError) else error
+        finally:
+            _lookups.release()
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, found)
+
+    if not _lookups.acquire(blocking=False):
+        raise OSError("too many names are being looked up")
+    threading.Thread(target=look_up, name="lookup", daemon=True).start()
+    return await answer
 
 
 class AddressGuard:

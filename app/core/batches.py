@@ -33,6 +33,8 @@ STEP: Final = 20  # members of one step: Redis does nothing else meanwhile
 PART: Final = 0.5  # of the longest wait that is allowed: the rest is for what comes one by one
 PLAN_STEP: Final = 100  # members written to a plan at a time
 PLAN_BYTES: Final = 64 * 2**20  # of a plan: a matrix repeats its request for each member
+OPEN_BYTES: Final = 128 * 2**20  # of the plans of a tenant's open batches
+OPEN_PART: Final = 0.1  # of Redis' memory, where that is less: no tenant alone fills it
 PLAN_SECONDS: Final = 600  # a plan that no batch was made of goes after this
 DELETING: Final = "deleting"  # a status that nobody is shown
 LOOK_SECONDS: Final = 1.0  # between two looks for batches that another process left
@@ -51,6 +53,14 @@ class BatchSubmission:
     idempotency_key: str | None = None
     fingerprint: str = "-"  # of the request's body
     request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a plan that was written down takes."""
+
+    uploads: Collection[str]  # that its members are made from
+    size: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +102,31 @@ class Batches:
     ) -> tuple[Batch, bool]:
         """Promise a batch; it, and whether it is new (False: a repeat under the same Idempotency-Key).
 
-        Whatever `members` raises leaves nothing behind. Raises IdempotencyMismatch, Conflict where too many batches
-        are open, InvalidParams where an upload has gone, TooLarge, QueueUnavailable, Overloaded.
+        Whatever `members` raises leaves nothing behind. Raises IdempotencyMismatch, Conflict where too many or too
+        large batches are open, InvalidParams where an upload has gone, TooLarge, QueueUnavailable, Overloaded.
         """
         batch_id = new_id("batch")
         async with reachable():
             await self._queue.check_memory()
+            most = await self._open_bytes()
             try:
-                uploads = await self._plan(tenant, batch_id, members)
+                plan = await self._plan(tenant, batch_id, members, min(PLAN_BYTES, most))
             except BaseException:
                 # Best effort: it goes by itself after a while.
                 with suppress(RedisError, OSError):
                     await asyncio.shield(self._redis.unlink(keys.BATCH_PLAN + batch_id))
                 raise
             # If only its reply is lost the batch is promised: its plan must stay.
-            outcome, found = await self._create(tenant, batch_id, about, uploads)
+            outcome, found = await self._create(tenant, batch_id, about, plan, most)
         if outcome == "mismatch":
             raise key_mismatch()
         if outcome == "many":
             raise Conflict(f"you have {MAX_OPEN} batches that have not ended; wait for one, or cancel it")
+        if outcome == "heavy":
+            raise Conflict(
+                f"with this one your batches that have not ended would take more than {most} bytes; "
+                "wait for one, or cancel it"
+            )
         if outcome == "no_upload":
             raise InvalidParams(f"{found}: there is no such upload any more")
         if outcome == "torn":
@@ -177,22 +193,27 @@ class Batches:
                     async with asyncio.timeout(LOOK_SECONDS):
                         await self._bell.wait()
 
-    async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission]) -> set[str]:
-        """Write the members down; the uploads that they are made from."""
+    async def _open_bytes(self) -> int:
+        """What the plans of a tenant's open batches may take together."""
+        memory: Any = await self._redis.info("memory")
+        return min(OPEN_BYTES, int(memory["maxmemory"] * OPEN_PART) or OPEN_BYTES)
+
+    async def _plan(self, tenant: str, batch_id: str, members: AsyncIterable[Submission], most: int) -> Plan:
+        """Write the members down, in `most` bytes at the most. Raises TooLarge."""
         key, lines, index, uploads, size = keys.BATCH_PLAN + batch_id, Texts(), 0, set[str](), 0
         async for member in members:
             uploads.update(member.params.uploads)
             lines.append(await self._member(tenant, batch_id, index, member))
             index += 1
             size += len(lines[-1])
-            if size > PLAN_BYTES:
-                raise TooLarge(f"the batch's jobs take more than {PLAN_BYTES} bytes; hand it in as several")
+            if size > most:
+                raise TooLarge(f"the batch's jobs take more than {most} bytes; hand it in as several")
             if len(lines) == PLAN_STEP:
                 await self._write(key, lines)
                 lines = []
         if lines:
             await self._write(key, lines)
-        return uploads
+        return Plan(uploads, size)
 
     async def _write(self, key: str, lines: Texts) -> None:
         await self._queue.check_memory()
@@ -210,9 +231,9 @@ class Batches:
         return json.dumps([*about, *rq_fields(job_id, lane)], separators=(",", ":"))
 
     async def _create(
-        self, tenant: str, batch_id: str, about: BatchSubmission, uploads: Collection[str]
+        self, tenant: str, batch_id: str, about: BatchSubmission, plan: Plan, most: int
     ) -> tuple[str, str]:
-        fields = {"total": str(about.total)}
+        fields = {"total": str(about.total), "plan_bytes": str(plan.size)}
         if about.webhook_url:
             fields["webhook_url"] = about.webhook_url
         if about.metadata:
@@ -229,7 +250,8 @@ class Batches:
             self._retention_ms,
             json.dumps(fields),
             MAX_OPEN,
-            *sorted(uploads),
+            most,
+            *sorted(plan.uploads),
         )
         return outcome, found
 

@@ -53,12 +53,13 @@ class Endpoints:
 
     async def add(self, tenant: str, url: str, events: list[EndpointEvent], description: str) -> Endpoint:
         """Register one. Raises Conflict where there are too many."""
-        if await self._redis.hlen(keys.ENDPOINTS + tenant) >= MAX_ENDPOINTS:
-            raise Conflict(f"there are {MAX_ENDPOINTS} webhook endpoints, and no more are taken; delete one first")
         endpoint = Endpoint(
             id=f"whe_{secrets.token_hex(10)}", url=url, events=events, description=description, created_at=time.time()
         )
-        await self._put(tenant, endpoint)
+        if not await keys.PUT_ENDPOINT.call(
+            self._redis, tenant, endpoint.id, "", endpoint.model_dump_json(), MAX_ENDPOINTS
+        ):
+            raise Conflict(f"there are {MAX_ENDPOINTS} webhook endpoints, and no more are taken; delete one first")
         return endpoint
 
     async def get(self, tenant: str, endpoint_id: str) -> tuple[Endpoint, Health]:
@@ -80,8 +81,13 @@ class Endpoints:
 
     async def change(self, tenant: str, endpoint_id: str, changes: Mapping[str, Any]) -> None:
         """Change what its owner says of it. Raises NotFound."""
-        endpoint, _ = await self.get(tenant, endpoint_id)
-        await self._put(tenant, endpoint.model_copy(update=changes))
+        is_changed = False
+        while not is_changed:  # somebody else may change it as well
+            text: Any = await self._redis.hget(keys.ENDPOINTS + tenant, endpoint_id)
+            if text is None:
+                raise NotFound("there is no such webhook endpoint")
+            changed = Endpoint.model_validate_json(text).model_copy(update=changes).model_dump_json()
+            is_changed = await keys.PUT_ENDPOINT.call(self._redis, tenant, endpoint_id, text, changed, MAX_ENDPOINTS)
 
     async def enable(self, endpoint_id: str) -> None:
         """Let it have events again, whatever it did before."""
@@ -104,9 +110,6 @@ class Endpoints:
         if not await keys.TEST_ENDPOINT.call(self._redis, tenant, endpoint_id, delivery):
             raise NotFound("there is no such webhook endpoint")
         return delivery
-
-    async def _put(self, tenant: str, endpoint: Endpoint) -> None:
-        await self._redis.hset(keys.ENDPOINTS + tenant, endpoint.id, endpoint.model_dump_json())
 
 
 Found = list[tuple[Endpoint, Health]]

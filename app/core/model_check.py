@@ -40,6 +40,9 @@ NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # transformers takes these from tokenizer_config.json before it looks into the folder itself.
 VOCABULARIES: Final = frozenset({"vocab_file", "merges_file", "tokenizer_file", "spm_file"})
 MOST_JSON: Final = 64 * 2**20  # bytes of a configuration
+LEFT_OUT: Final = "safety_checker"  # a component that is never loaded: ours looks at finished pictures (ADR 62)
+# Pipelines that give the denoiser other attention for each call, under the runs of others (diffusers 0.42.1).
+MEDDLING: Final = ("PAG", "SAG", "AttendAndExcite", "Pix2PixZero", "TextToVideoZero")
 
 _hashed: dict[tuple[int, int, int, int], str] = {}  # device, inode, size, mtime of a file -> its SHA-256
 
@@ -74,6 +77,11 @@ def check_folder(folder: Path, blobs: Path | None = None) -> str:
     class_name = index.get("_class_name")
     if not (isinstance(class_name, str) and NAME.fullmatch(class_name) and class_name.endswith("Pipeline")):
         raise ModelRefused(f"{folder}/model_index.json: {class_name!r} is not a pipeline class of diffusers")
+    if any(name in class_name for name in MEDDLING):
+        raise ModelRefused(
+            f"{folder}/model_index.json: {class_name} changes its denoiser's attention in every call, and would spoil "
+            "the pictures made beside it; name the plain pipeline of its kind"
+        )
     return class_name
 
 
@@ -106,12 +114,12 @@ def sha256(file: Path) -> str:
 
 
 def weight_files(spec: ModelSpec, source: Path) -> list[Path]:
-    """The safetensors files that loading reads: of a folder those of its components, without variants."""
+    """The safetensors files that loading reads: of a folder those of its components, without variants and LEFT_OUT."""
     if spec.config:
         return [source]
     index = _read_json(source / "model_index.json")
-    folders = [source / name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
-    return [file for folder in folders for file in component_files(folder)]
+    names = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
+    return [file for name in names if name != LEFT_OUT for file in component_files(source / name)]
 
 
 def component_files(folder: Path) -> list[Path]:
@@ -123,9 +131,10 @@ def component_files(folder: Path) -> list[Path]:
 
 
 def size_of(spec: ModelSpec, source: Path, itemsize: int) -> int:
-    """Bytes that the model takes once loaded, adapters included, its numbers as `itemsize` bytes each."""
+    """Bytes that the model takes once loaded, with its adapters and ControlNets; a number takes `itemsize` bytes."""
     adapters = [lora.source for lora in spec.loras.values() if lora.source.is_file()]
-    return bytes_in_memory([*weight_files(spec, source), *adapters], itemsize)
+    controlnets = [file for net in spec.controlnets.values() for file in component_files(net.source)]
+    return bytes_in_memory([*weight_files(spec, source), *adapters, *controlnets], itemsize)
 
 
 def _files(root: Path, blobs: Path | None) -> Iterator[Path]:

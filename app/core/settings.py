@@ -4,9 +4,11 @@ import ipaddress
 import os
 import re
 import secrets
+import socket
 import tempfile
 from base64 import b64encode
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -135,9 +137,11 @@ class Settings(BaseSettings):
 
     @property
     def base_url(self) -> str:
-        """What links begin with: SAFELIGHT_PUBLIC_URL, else the address we listen on."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return self.public_url or f"http://{host}:{self.port}"
+        """What links begin with: SAFELIGHT_PUBLIC_URL, else the address we listen on; of all, the machine's own."""
+        if self.public_url:
+            return self.public_url
+        host = _own_address() if self.is_unspecified else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def storage(self) -> str:
@@ -153,12 +157,31 @@ class Settings(BaseSettings):
             return self.host == "localhost"
 
     @property
+    def is_unspecified(self) -> bool:
+        """Whether the API listens on all addresses, so that none of them is its own."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
+    @property
     def retention_ms(self) -> int:
         return int(self.retention * 1000)
 
     @property
     def lease_ms(self) -> int:
         return int(self.lease_seconds * 1000)
+
+
+@cache
+def _own_address() -> str:
+    """The address of the interface that leads outside; that of loopback where none does."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing, and nobody has that address (RFC 5737)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
 
 
 def load_settings() -> Settings:

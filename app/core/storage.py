@@ -225,8 +225,14 @@ class DiskStorage(Storage):
         """Delete the folder, along with what a killed writer left in it, which obstore would not list."""
         path = self._root / _known_prefix(prefix)
         with _store_errors(_unavailable()):
-            if path.exists():
-                shutil.rmtree(path)
+            for tries_left in (3, 2, 1, 0):
+                if not path.exists():
+                    return
+                try:
+                    shutil.rmtree(path)
+                except OSError:  # somebody else deletes it as well, or writes into it
+                    if not tries_left and path.exists():
+                        raise
 
     async def delete_prefix_async(self, prefix: str) -> None:
         await to_thread(self.delete_prefix, prefix)

@@ -79,6 +79,8 @@ class Delivery:
     job: Job | None = None
     batch: Batch | None = None  # neither: a test
     endpoint: str | None = None
+    since: float = 0.0  # it was first due: at its creation, or when it was asked for again
+    turn: str = "0"  # how often it was asked for again
     obstacle: str = ""  # gone, disabled, failing: what stands in the way of one for an endpoint
 
 
@@ -136,19 +138,22 @@ async def take(redis: Redis, limit: int, *, probe_ms: int = PROBE_MS) -> Taken:
     return taken
 
 
-async def settle(redis: Redis, delivery_id: str, attempt: Attempt, *, keep_ms: int) -> None:
-    """Done with it: delivered, or given up; its record is kept for `keep_ms` more."""
-    await keys.SETTLE.call(redis, delivery_id, attempt.outcome, attempt.line(), keep_ms, LIFE_MS)
+async def settle(redis: Redis, delivery_id: str, attempt: Attempt, *, keep_ms: int, turn: str = "") -> None:
+    """Done with it: delivered, or given up; its record is kept for `keep_ms` more.
+
+    Where it was asked for again since it was taken, in another turn then, the attempt is logged, and it stays due.
+    """
+    await keys.SETTLE.call(redis, delivery_id, attempt.outcome, attempt.line(), keep_ms, LIFE_MS, turn)
 
 
-async def postpone(redis: Redis, delivery_id: str, seconds: float, attempt: Attempt) -> None:
-    """After an attempt that failed: make the next one due in `seconds`, by Redis' clock."""
-    await keys.POSTPONE.call(redis, delivery_id, int(seconds * 1000), attempt.line())
+async def postpone(redis: Redis, delivery_id: str, seconds: float, attempt: Attempt, *, turn: str) -> None:
+    """After an attempt that failed: make the next one due in `seconds`, unless it is another turn's by now."""
+    await keys.POSTPONE.call(redis, delivery_id, int(seconds * 1000), attempt.line(), turn)
 
 
-async def put_back(redis: Redis, delivery_id: str, seconds: float) -> None:
+async def put_back(redis: Redis, delivery_id: str, seconds: float, *, turn: str) -> None:
     """Without an attempt made: make it due in `seconds`, and do not count the one it was taken for."""
-    await keys.POSTPONE.call(redis, delivery_id, int(seconds * 1000), "")
+    await keys.POSTPONE.call(redis, delivery_id, int(seconds * 1000), "", turn)
 
 
 async def redeliver(redis: Redis, tenant: str, delivery_id: str) -> None:
@@ -239,6 +244,8 @@ def _delivery(delivery_id: str, obstacle: str, fields: Mapping[str, str]) -> Del
         job=job_from_hash(json.loads(fields["job"])) if about == "job" else None,
         batch=batch_from_hash(json.loads(fields["batch"])) if about == "batch" else None,
         endpoint=fields.get("endpoint"),
+        since=int(fields.get("since", fields["created_at"])) / 1e3,
+        turn=fields.get("turn", "0"),
         obstacle=obstacle,
     )
 

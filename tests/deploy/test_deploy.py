@@ -1,6 +1,7 @@
 """What can be checked of deploy/ without Docker, a cluster or a network: schemas, names, and Prometheus' own tools."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,18 @@ DOCUMENTS = [
 ]
 WORKLOADS = [p for p in DOCUMENTS if p.values[0]["kind"] in ("Deployment", "StatefulSet")]
 OWN_SERVICES = ["api", "worker", "worker-gpu", "sender"]
+# Settings that .env may have; left out, each is the service's own default.
+ADMISSION = [
+    "SAFELIGHT_WEBHOOK_ALLOW",
+    "SAFELIGHT_IMAGE_ALLOW",
+    "SAFELIGHT_CORS_ORIGINS",
+    "SAFELIGHT_MAX_WAIT",
+    "SAFELIGHT_TENANT_RATE",
+    "SAFELIGHT_TENANT_BURST",
+    "SAFELIGHT_TENANT_MAX_RUNNING",
+    "SAFELIGHT_TENANT_MAX_WAITING",
+    "SAFELIGHT_TENANT_MAX_STREAMS",
+]
 # ${NAME}, ${NAME:-default} and ${NAME:?message}; docker-compose.yml uses no other form.
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
 
@@ -98,6 +111,31 @@ def test_a_pod_has_longer_to_end_than_the_grace_it_is_configured_with(workload):
     assert workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > grace
 
 
+def test_the_api_has_room_for_its_children_that_decode_pictures():
+    from app.core.image_child import MEMORY_BYTES
+    from app.core.image_process import CHILDREN
+
+    [api] = [p.values[0] for p in WORKLOADS if p.values[0]["metadata"]["name"] == "api"]
+    limit = api["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
+    assert int(limit.removesuffix("Gi")) * 2**30 > CHILDREN * MEMORY_BYTES + 256 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "shown"),
+    [
+        ([], {"HOST": "x86_64-conda-linux-gnu"}, "127.0.0.1 8000 ./var"),
+        ([], {"SAFELIGHT_HOST": "::1", "SAFELIGHT_PORT": "81", "SAFELIGHT_DATA": "/d"}, "::1 81 /d"),
+        (["HOST=0.0.0.0", "PORT=9000", "DATA=x"], {"HOST": "y", "SAFELIGHT_PORT": "81"}, "0.0.0.0 9000 x"),
+    ],
+)
+def test_make_run_takes_the_settings_of_the_environment_unless_its_own_are_given(given, environment, shown):
+    clean = {name: value for name, value in os.environ.items() if name not in ("HOST", "PORT", "DATA", "MAKEFLAGS")}
+    command = ["make", "-n", "--no-print-directory", "run", *given]
+    done = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True)
+    host, port, data = shown.split()
+    assert f"SAFELIGHT_HOST={host} SAFELIGHT_PORT={port} SAFELIGHT_DATA={data} exec" in done.stdout
+
+
 @pytest.mark.parametrize("path", [ROOT / "docker-compose.yml", ROOT / "Dockerfile", DEPLOY / "env.sh", *MANIFESTS])
 def test_every_setting_named_in_a_file_exists(path):
     used = set(re.findall(r"\bSAFELIGHT_[A-Z_]+", path.read_text()))
@@ -113,6 +151,24 @@ def test_a_service_of_compose_starts_with_settings_that_load(service, monkeypatc
         monkeypatch.setenv(name, value)
     settings = load_settings()
     open_storage(settings.storage, public_url=settings.base_url, secret=b"x")
+
+
+@pytest.mark.parametrize("service", OWN_SERVICES)
+def test_a_setting_that_env_leaves_out_is_the_services_default_in_compose(service, monkeypatch):
+    from app.core.settings import PREFIX, Settings, load_settings
+
+    for name, value in compose_environment(service, env_file()).items():
+        monkeypatch.setenv(name, value)
+    found = load_settings()
+    for name in ADMISSION:
+        field = name.removeprefix(PREFIX).lower()
+        assert getattr(found, field) == Settings.model_fields[field].default
+
+
+@pytest.mark.parametrize("service", OWN_SERVICES)
+@pytest.mark.parametrize("name", ADMISSION)
+def test_a_setting_of_env_reaches_every_service_of_compose(service, name):
+    assert compose_environment(service, env_file() | {name: "7"})[name] == "7"
 
 
 @pytest.mark.parametrize("service", OWN_SERVICES)

@@ -159,6 +159,20 @@ def test_serving_stops_before_it_starts_where_it_would_be_exposed(redis_url, cat
         serve(Settings(redis_url=redis_url, models=catalog_file, data=tmp_path, host="0.0.0.0", port=free_port()))
 
 
+def test_an_api_on_all_addresses_without_a_public_url_says_what_its_links_begin_with(redis_url, catalog_file, tmp_path):
+    settings = {"redis_url": redis_url, "models": catalog_file, "data": tmp_path, "port": 0, "host": "0.0.0.0"}
+    process, url = serve_as_a_process(settings | {"api_key": "k" * 16}, tmp_path)
+    try:
+        with httpx2.Client(base_url=url, trust_env=False, transport=httpx2.HTTPTransport(retries=20)) as client:
+            assert client.get("/livez").status_code == 200
+        [said] = [json.loads(line) for line in (tmp_path / "api.log").read_text().splitlines() if "public_url" in line]
+        assert (said["event"], said["links_begin_with"]) == ("public_url.missing", url)
+        assert "SAFELIGHT_PUBLIC_URL" in said["remedy"]
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_taken_port_is_named(redis_url, catalog_file, tmp_path, api):
     with pytest.raises(ConfigError, match=str(api.settings.port)):
         serve(Settings(redis_url=redis_url, models=catalog_file, data=tmp_path, port=api.settings.port))

@@ -484,6 +484,40 @@ def test_too_many_open_batches_are_a_conflict(client):
     submit(client, requests=small(1))
 
 
+def test_open_batches_that_would_fill_redis_together_are_a_conflict(client, redis, monkeypatch):
+    monkeypatch.setattr(batches, "OPEN_BYTES", 100_000)
+    first = submit(client, requests=small(100))
+    size = int(redis.hget(keys.BATCH + first["id"], "plan_bytes"))
+    assert 100_000 / 2 < size < 100_000
+    refused = client.post("/v1/batches", json={"requests": small(100)})
+    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    assert "100000 bytes" in refused.json()["detail"]
+    assert redis.keys(f"{keys.BATCH_PLAN}*") in ([], [keys.BATCH_PLAN + first["id"]])
+    client.post(f"/v1/batches/{first['id']}/cancel")
+    wait_for(client, first, "canceled")
+    submit(client, requests=small(100))
+
+
+def test_a_batch_of_an_earlier_version_counts_for_nothing(client, redis, monkeypatch):
+    monkeypatch.setattr(batches, "OPEN_BYTES", 100_000)
+    first = submit(client, requests=small(100))
+    redis.hdel(keys.BATCH + first["id"], "plan_bytes")
+    submit(client, requests=small(100))
+
+
+def test_a_tenants_batches_take_a_tenth_of_redis_memory_at_the_most(client, redis):
+    redis.config_set("maxmemory", redis.info("memory")["used_memory"] * 2 + 2_000_000)
+    try:
+        most = redis.info("memory")["maxmemory"] // 10
+        wordy = {"prompt": "x", "metadata": {"note": "x" * 4000}}
+        body = {"request": wordy, "matrix": {"seed": list(range(most // 4000))}}
+        reply = client.post("/v1/batches", json=body)
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert reply.status_code == 413
+    assert f"{most} bytes" in reply.json()["detail"]
+
+
 class Mortal:
     """An API process on one port that is killed with -9 and started again; its callers ask again, too."""
 

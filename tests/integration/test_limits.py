@@ -1,6 +1,8 @@
 """What a tenant may hand in: rate, waiting jobs, streams, and the wait that is too long; by route and by command."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -175,6 +177,43 @@ def test_a_tenant_opens_no_more_streams_than_it_may(client, limit, wait_until):
             return stream.status_code == 200
 
     wait_until(is_free)
+
+
+def test_a_repeat_of_a_job_that_has_ended_streams_whatever_is_open_and_whoever_lives(client, worker, redis, limit):
+    asked, headers = {"prompt": "a cat", "stream": True}, {"Idempotency-Key": "one"}
+    worker.live()
+    with client.stream("POST", "/v1/images/generations", json=asked, headers=headers) as first:
+        worker.succeed(worker.claim())
+        made = first.read()
+    assert b"image_generation.completed" in made
+    redis.delete(*redis.keys(f"{keys.PROCESS}*"))
+    limit(max_streams=1)
+    with client.stream("GET", "/v1/events") as other:
+        assert other.status_code == 200
+        again = client.post("/v1/images/generations", json=asked, headers=headers)
+    assert (again.status_code, b"image_generation.completed" in again.content) == (200, True)
+
+
+def test_streams_of_openais_that_begin_at_once_are_no_more_than_may_be(client, worker, redis, limit, api):
+    worker.live()
+    limit(max_streams=1)
+    redis.client_pause(500)  # so that all of them are looked at before one begins
+    together = threading.Barrier(7)
+
+    def ask(_):
+        with api.client() as other, other.stream("POST", "/v1/images/generations", json=asked) as reply:
+            together.wait(20)
+            together.wait(20)
+            return reply.status_code
+
+    asked = {"prompt": "a cat", "stream": True}
+    with ThreadPoolExecutor(6) as pool:
+        replies = [pool.submit(ask, n) for n in range(6)]
+        together.wait(20)
+        waiting = client.get("/v1/jobs", params={"status": "queued"}).json()["data"]
+        together.wait(20)
+    assert sorted(reply.result() for reply in replies) == [200, *[429] * 5]
+    assert len(waiting) == 1
 
 
 def test_the_command_sets_and_shows_limits(redis, redis_url, tmp_path):

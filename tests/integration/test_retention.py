@@ -1,6 +1,7 @@
 """Retention on a real Valkey and the real disk store."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -8,7 +9,7 @@ from app.core import redis_keys as keys
 from app.core.errors import StorageUnavailable
 from app.core.queue import rq_time
 from app.core.retention import sweep
-from app.core.storage import object_key, open_storage
+from app.core.storage import job_prefix, object_key, open_storage
 from tests.servers import S3_ENVIRONMENT, free_port
 
 PARAMS = {"model": "tiny", "prompt": "a red heart"}
@@ -61,6 +62,38 @@ def test_while_the_store_is_away_the_record_stays_for_the_next_time(redis, stora
         sweep(redis, away)
     assert redis.exists(f"{keys.JOB}job_1")
     assert sweep(redis, storage) == 1
+    assert list(storage.list()) == []
+
+
+def test_what_the_store_does_not_delete_holds_up_nothing_else(redis, storage, monkeypatch):
+    for number in range(20):
+        finish(redis, storage, f"job_{number}")
+    stuck = {job_prefix("job_0"), job_prefix("job_7")}
+    delete = storage.delete_prefix
+
+    def fail(prefix):
+        if prefix in stuck:
+            raise StorageUnavailable("not this one")
+        delete(prefix)
+
+    monkeypatch.setattr(storage, "delete_prefix", fail)
+    redis.zadd(keys.ABANDONED, {"job_99/1": 0})
+    assert sweep(redis, storage) == 18
+    assert redis.zcard(keys.ABANDONED) == 0
+    assert redis.exists(f"{keys.JOB}job_0", f"{keys.JOB}job_7") == 2
+    assert sweep(redis, storage) == 0
+    stuck.clear()
+    redis.zadd(keys.RETENTION, {"job_0": 0, "job_7": 0}, xx=True)  # some minutes pass
+    assert sweep(redis, storage) == 2
+    assert list(storage.list()) == []
+
+
+def test_two_that_sweep_at_once_do_not_fail_each_other(redis, storage):
+    for number in range(100):
+        finish(redis, storage, f"job_{number}")
+    with ThreadPoolExecutor(4) as pool:
+        swept = list(pool.map(lambda _: sweep(redis, storage), range(4)))
+    assert sum(swept) >= 100
     assert list(storage.list()) == []
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from app.core.params import GenerationParams
 from app.core.queue import JobQueue, Submission, rq_time
 from app.core.storage import object_key, open_storage
 from app.core.tenants import Secrets
-from app.sender import Sender, renderer
+from app.sender import PER_HOST, Sender, renderer
 from tests.receiver import receiver
 from tests.servers import redis_server as start_redis
 
@@ -59,24 +60,24 @@ class Outbox:
     def __init__(self, url):
         self.url = url
 
-    def add(self, *receivers, count=1):
+    def add(self, *receivers, count=1, tenant="default"):
         """The ids of the jobs whose webhooks go to the receivers, in turn."""
-        return asyncio.run(self._submit(receivers * count, is_canceled=True))
+        return asyncio.run(self._submit(receivers * count, is_canceled=True, tenant=tenant))
 
     def submit(self, webhook_url):
         """The id of a job that waits."""
         return asyncio.run(self._submit([webhook_url], is_canceled=False))[0]
 
-    async def _submit(self, webhook_urls, *, is_canceled):
+    async def _submit(self, webhook_urls, *, is_canceled, tenant="default"):
         redis = connect_async(self.url)
         queue = JobQueue(redis, retention_ms=3_600_000)
         places = asyncio.Semaphore(16)
 
         async def submit(webhook_url):
             async with places:
-                job, *_ = await queue.submit("default", Submission(PARAMS, webhook=Webhook(url=webhook_url)))
+                job, *_ = await queue.submit(tenant, Submission(PARAMS, webhook=Webhook(url=webhook_url)))
                 if is_canceled:
-                    await queue.cancel("default", job.id)
+                    await queue.cancel(tenant, job.id)
                 return job.id
 
         ids = await asyncio.gather(*map(submit, webhook_urls))
@@ -351,6 +352,75 @@ def test_dead_hosts_among_many_delay_nobody_else(storage, outbox, wait_until):
         wait_until(lambda: counted("delivered") == 150)
         for one in dead:
             one.hang.set()
+
+
+def test_a_tenant_whose_many_hosts_hang_delays_no_other(storage, outbox, hook, wait_until):
+    with ExitStack() as stack:
+        ports = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64)).getsockname()[1] for _ in range(200)
+        ]
+        stack.enter_context(sending(outbox.url, storage, total_seconds=2))
+        outbox.add(*(f"http://127.0.0.1:{port}/" for port in ports), count=2, tenant="evil")
+        time.sleep(0.5)
+        outbox.add(hook.url(), count=40)
+        lags = [lag(request) for request in hook.wait_for(40)]
+        print(f"beside a tenant with 200 hosts that hang: p50 {percentile(lags, 0.5):.3f} s, max {max(lags):.3f} s")
+        assert max(lags) < 1.5
+
+
+def test_hosts_that_hang_are_remembered_and_leave_their_tenants_others_alone(storage, outbox, hook, redis, wait_until):
+    with ExitStack() as stack:
+        ports = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64)).getsockname()[1] for _ in range(90)
+        ]
+        counted = stack.enter_context(sending(outbox.url, storage, total_seconds=1, schedule=(2, 600)))
+        outbox.add(*(f"http://127.0.0.1:{port}/" for port in ports))
+        wait_until(lambda: (counted("retried") or 0) >= 90, 30)
+        time.sleep(0.5)  # the second attempts, to hosts that are known by now
+        outbox.add(hook.url(), count=40)
+        lags = [lag(request) for request in hook.wait_for(40)]
+        print(f"beside 90 hosts that hang: p50 {percentile(lags, 0.5):.3f} s, max {max(lags):.3f} s")
+        assert max(lags) < 0.9
+
+
+@pytest.mark.parametrize("is_asked_again", [False, True])
+def test_a_delivery_for_a_busy_host_is_given_up_when_its_schedule_is_long_over(
+    storage, outbox, hook, redis, wait_until, *, monkeypatch, is_asked_again
+):
+    monkeypatch.setattr("app.sender.WAITING", 0)  # nothing waits in hand
+    hook.hang = threading.Event()
+    outbox.add(hook.url(), count=PER_HOST + 1)
+    *_, last = redis.zrange(keys.OUTBOX, 0, -1)
+    redis.hset(keys.DELIVERY + last, "created_at", int((time.time() - 2 * 86400) * 1000))
+    if is_asked_again:
+        redis.hset(keys.DELIVERY + last, "since", int(time.time() * 1000))
+    with sending(outbox.url, storage) as counted:
+        hook.wait_for(PER_HOST)
+        if is_asked_again:
+            time.sleep(0.5)
+            assert not counted("given_up")
+        else:
+            wait_until(lambda: counted("given_up") == 1)
+            assert redis.hget(keys.DELIVERY + last, "outcome") == "given_up"
+        hook.hang.set()
+        wait_until(lambda: is_empty(redis))
+        assert counted("delivered") == PER_HOST + is_asked_again
+
+
+def test_what_was_asked_for_again_in_mid_attempt_is_sent_again(storage, outbox, hook, redis, wait_until):
+    hook.hang = threading.Event()
+    outbox.add(hook.url())
+    [name] = redis.zrange(keys.OUTBOX, 0, -1)
+    with sending(outbox.url, storage) as counted:
+        hook.wait_for(1)
+        assert keys.REDELIVER.run(redis, name, "default") == "due"
+        hook.hang.set()
+        hook.wait_for(2)
+        wait_until(lambda: is_empty(redis))
+        assert counted("delivered") == 2
+    assert [request.headers["webhook-id"] for request in hook.received] == [name] * 2
+    assert redis.hget(keys.DELIVERY + name, "attempts") == "1"
+    assert len(redis.hget(keys.DELIVERY + name, "log").splitlines()) == 2
 
 
 def test_a_delivery_that_was_not_tried_keeps_its_attempts(storage, outbox, redis, hook):

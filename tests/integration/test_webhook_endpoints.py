@@ -4,6 +4,7 @@ import json
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -292,6 +293,48 @@ def test_an_endpoint_that_only_fails_is_probed_slowly_and_after_five_days_disabl
         shop.let_time_pass()
         wait_until(lambda: redis.zcard(keys.OUTBOX) == 0)
         assert len(hook.received) == TRIP + 2
+
+
+def test_what_an_endpoint_that_fails_does_not_get_holds_up_nobody(shop, hook, redis_url, storage, wait_until):
+    endpoint, redis = shop.endpoint(hook.url("/failing")), shop.redis
+    redis.hset(keys.HEALTH + endpoint["id"], mapping={"failures": TRIP, "probe_at": 10**14})
+    shop.cancel()
+    [name] = redis.zrange(keys.OUTBOX, 0, -1)
+    delivery = redis.hgetall(keys.DELIVERY + name)
+    for number in range(800):
+        redis.hset(f"{keys.DELIVERY}msg_{number}", mapping=delivery)
+        redis.zadd(keys.OUTBOX, {f"msg_{number}": 0})
+    shop.cancel(webhook={"url": hook.url(), "events": ["job.canceled"]})
+    began = time.monotonic()
+    with sending(redis_url, storage, schedule=(600, 600, 600)) as counted:
+        hook.wait_for(1)
+        wait_until(lambda: counted("skipped") == 802)
+    print(f"802 set aside in {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 5
+
+
+def test_a_tenant_has_no_more_endpoints_than_it_may_however_many_ask_at_once(shop, hook):
+    def make(number):
+        return shop.client.post("/v1/webhook-endpoints", json={"url": hook.url(f"/{number}")}).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        codes = list(pool.map(make, range(2 * MAX_ENDPOINTS)))
+    assert sorted(codes) == [201] * MAX_ENDPOINTS + [409] * MAX_ENDPOINTS
+    assert len(shop.client.get("/v1/webhook-endpoints").json()["data"]) == MAX_ENDPOINTS
+
+
+def test_two_who_change_an_endpoint_at_once_are_both_heard(shop, hook):
+    endpoint = shop.endpoint(hook.url("/first"))
+
+    def change(number):
+        field = {"description": f"number {number}"} if number % 2 else {"events": ["job.failed"]}
+        return shop.client.patch(f"/v1/webhook-endpoints/{endpoint['id']}", json=field).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(change, range(16))) == {200}
+    changed = shop.look(endpoint)
+    assert changed["events"] == ["job.failed"]
+    assert changed["description"].startswith("number")
 
 
 def test_a_probe_that_succeeds_opens_the_way_for_all(shop, hook, redis_url, storage, wait_until):

@@ -3,7 +3,9 @@ import contextlib
 import datetime as dt
 import gzip
 import ipaddress
+import socket
 import ssl
+import threading
 import time
 
 import httpx2
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.core import addresses
 from app.core.addresses import AddressGuard, guarded_client, read_limited
 from app.core.errors import AddressRefused, TooLarge
 
@@ -473,6 +476,34 @@ def test_a_slow_resolver_ends_within_the_time_to_connect():
         async with guarded_client(AddressGuard(resolve=resolve), connect_seconds=0.2) as client:
             with pytest.raises(httpx2.TimeoutException):
                 await client.get("http://receiver.example/")
+
+    asyncio.run(walk())
+
+
+def test_names_whose_servers_are_silent_keep_nobody_elses_lookups_and_threads_waiting(monkeypatch):
+    real, is_over = socket.getaddrinfo, threading.Event()
+
+    def look_up(host, port, **options):
+        if host.endswith(".example"):
+            is_over.wait(30)
+            raise OSError("no answer")
+        return real(host, port, **options)
+
+    async def walk():
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        hanging = [asyncio.create_task(addresses.resolve(f"{n}.example", 80)) for n in range(200)]
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        assert "127.0.0.1" in await addresses.resolve("localhost", 80)
+        await asyncio.to_thread(time.sleep, 0)
+        assert time.monotonic() - began < 2
+        for task in hanging:
+            task.cancel()
+        more = [asyncio.create_task(addresses.resolve(f"{n}.example", 80)) for n in range(100)]
+        refused = await asyncio.wait_for(asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED), 5)
+        assert all("too many" in str(task.exception()) for task in refused[0])
+        is_over.set()
+        await asyncio.gather(*more, return_exceptions=True)
 
     asyncio.run(walk())
 

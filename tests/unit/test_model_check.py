@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.catalog import Defaults, ModelSpec
+from app.core.catalog import ControlnetSpec, Defaults, ModelSpec
 from app.core.errors import ModelRefused
 from app.core.lora_check import problem_of
 from app.core.model_check import PIPELINE_MODULES, check, check_folder, check_hashes, size_of
@@ -166,6 +166,16 @@ def test_a_pipeline_class_that_cannot_be_diffusers_own_is_refused(folder, name):
     refused(folder, "not a pipeline class")
 
 
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPAGPipeline", "StableDiffusionSAGPipeline", "StableDiffusionAttendAndExcitePipeline"]
+)
+def test_a_pipeline_that_changes_the_denoiser_under_other_runs_is_refused(folder, name):
+    index = json.loads((folder / "model_index.json").read_text())
+    write(folder / "model_index.json", index | {"_class_name": name})
+
+    refused(folder, "changes its denoiser's attention")
+
+
 @pytest.mark.parametrize("name", ["../../other.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", 5])
 def test_an_index_file_that_leads_out_of_its_folder_is_refused(folder, name):
     write(folder / "unet" / f"{WEIGHTS}.index.json", {"weight_map": {"a": name}})
@@ -244,6 +254,18 @@ def test_the_size_in_memory_counts_what_is_loaded_and_no_variants(folder):
     safetensors(folder / "unused" / "model.safetensors", a=(1000, 1000))
 
     assert size_of(spec_of(folder), folder, itemsize=2) == 2 * (8 * 8 + 8 * 32)
+
+
+def test_the_size_in_memory_counts_controlnets_and_no_safety_checker(folder, tmp_path):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    write(folder / "model_index.json", index)
+    safetensors(folder / "safety_checker" / "model.safetensors", a=(1000, 1000))
+    safetensors(tmp_path / "edges" / WEIGHTS, a=(16, 16))
+    plain, steered = spec_of(folder), spec_of(folder, controlnets={"edges": ControlnetSpec(source=tmp_path / "edges")})
+
+    assert size_of(plain, folder, itemsize=2) == 2 * (8 * 8 + 8 * 32)
+    assert size_of(steered, folder, itemsize=2) == 2 * (8 * 8 + 8 * 32 + 16 * 16)
 
 
 def test_a_header_says_names_types_and_shapes(folder):

@@ -102,6 +102,23 @@ def test_what_cannot_be_added_leaves_the_catalog_as_it_was(place, arguments, mat
     assert (place / "models.toml").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "match"),
+    [
+        ("new", ("--revision", REVISION), "--revision is of a hub repository"),
+        ("owner/model", ("--revision", REVISION, "--config", "tiny"), "--config is of a single file"),
+        ("absent.safetensors", ("--config", "tiny"), "mend the path"),
+    ],
+)
+def test_an_option_of_another_kind_of_source_is_refused(place, monkeypatch, source, options, match):
+    monkeypatch.chdir(place)
+    a_model(place / "new")
+    found = run("add", "new", source, *options)
+
+    assert found.exit_code == 2
+    assert match in " ".join(found.output.split())
+
+
 class Hub(BaseHTTPRequestHandler):
     """The hub's protocol, for the repository owner/model whose files lie in `root`."""
 

@@ -344,3 +344,11 @@ def test_a_long_log_is_put_aside_and_emptied(tmp_path):
     part.start()
     assert part.log.stat().st_size == 0
     assert (tmp_path / "worker.log.1").stat().st_size > supervisor.LOG_BYTES
+
+
+def test_a_long_log_that_cannot_be_put_aside_is_emptied_all_the_same(tmp_path):
+    part = Part("worker", Dead(), tmp_path / "worker.log", 1)
+    part.log.write_bytes(b"x" * (supervisor.LOG_BYTES + 1))
+    (tmp_path / "worker.log.1").mkdir()
+    part.start()
+    assert part.log.stat().st_size == 0

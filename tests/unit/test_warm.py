@@ -10,14 +10,16 @@ import torch
 from app.core import processes
 from app.core import redis_keys as keys
 from app.core.catalog import Defaults, ModelSpec
-from app.core.errors import ConfigError, ModelRefused
+from app.core.errors import ConfigError, ModelRefused, OutOfMemory
 from app.core.metrics import WorkerMetrics
 from app.core.processes import Process
 from tests.chaos.stub_worker import stub_model
+from tests.tiny import build_family
 from worker.engine.engine import Engine
 from worker.engine.faults import DeviceLost
+from worker.pipelines.load import warm
 from worker.turns import PATIENCE_SECONDS, Turns
-from worker.warm import BROKEN_SECONDS, STAY, TRIES, Keeper, Memory, State
+from worker.warm import BROKEN_SECONDS, STAY, TRIES, Keeper, Memory, State, close
 
 EACH = 10  # bytes that a model is said to take
 
@@ -25,6 +27,15 @@ EACH = 10  # bytes that a model is said to take
 def spec_of(name, **options):
     defaults = Defaults(width=64, height=64, num_inference_steps=2, scheduler="ddim")
     return ModelSpec(name=name, source=f"/{name}", defaults=defaults, schedulers=("ddim",), **options)
+
+
+FLUX = ModelSpec(
+    name="flux",
+    source="/flux",
+    defaults=Defaults(width=32, height=32, scheduler="flow_euler"),
+    schedulers=("flow_euler",),
+    accepts=("guidance_scale",),
+)
 
 
 class Clock:
@@ -40,6 +51,7 @@ class Bench:
 
     def __init__(self, *names, room=2, host=0, pinned=(), sizes=None):
         self.loads, self.errors, self.clock = [], {}, Clock()
+        self.spoil, self.last = None, None  # what each forward raises; the denoiser that was loaded last
         self.engine = Engine({}, max_batch=2)
         self.go = threading.Event()
         self.go.set()
@@ -61,7 +73,14 @@ class Bench:
         self.loads.append(spec.name)
         if error := self.errors.get(spec.name):
             raise error
-        return stub_model(0.0, 0.0, spec)
+        model = stub_model(0.0, 0.0, spec)
+        self.last = weakref.ref(model.pipe.denoiser)
+        model.pipe.denoiser.register_forward_pre_hook(self.look)
+        return model
+
+    def look(self, *about):
+        if self.spoil:
+            raise self.spoil
 
     def ended(self):
         """The load under way ends: what the loop hears of it."""
@@ -185,6 +204,36 @@ def test_an_evicted_models_memory_is_free_at_once(bench):
         gc.enable()
 
 
+def test_a_closed_models_memory_is_free_though_diffusers_marked_its_modules():
+    family = build_family("Flux")
+    family.alone(0)
+    module = weakref.ref(family.pipe.transformer)
+    assert "_diffusers_hook" in vars(module())
+    model = warm(FLUX, family.pipe, torch.device("cpu"), torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        close(model)
+        del model, family
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_what_a_failed_load_left_is_free_at_once(bench):
+    made = bench("a", "b", room=1)
+    made.spoil = ValueError("a layer of another width")
+    made.keeper.enter("b")
+    gc.disable()
+    try:
+        made.keeper.turn()
+        made.ended()
+        assert made.keeper.places["b"].tries == 1
+        assert made.last() is None
+    finally:
+        gc.enable()
+
+
 def test_an_evicted_model_goes_to_the_hosts_memory_where_there_is_some_and_comes_back_without_a_load(bench):
     made = bench("a", "b", "c", room=1, host=1)
     made.use("b")
@@ -233,9 +282,10 @@ def test_a_model_that_can_never_fit_is_not_served(bench):
     assert made.keeper.served == ["a"]
 
 
-def test_a_model_that_turns_out_not_to_fit_is_served_no_more(bench):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too much"), OutOfMemory("ask for a smaller picture")])
+def test_a_model_that_turns_out_not_to_fit_is_served_no_more(bench, error):
     made = bench("a", "b", room=1)
-    made.errors["b"] = torch.OutOfMemoryError("too much")
+    made.errors["b"] = error
     made.keeper.enter("b")
     made.keeper.turn()
     [heard] = made.ended()
@@ -254,6 +304,15 @@ def test_a_worker_lives_with_those_models_that_load_and_not_without_any(bench):
     hopeless = Bench("a")
     hopeless.errors["a"] = ModelRefused("a pickle")
     with pytest.raises(ConfigError, match="a pickle"):
+        hopeless.keeper.start()
+    hopeless.keeper.close()
+
+
+def test_what_may_pass_is_no_fault_of_the_configuration():
+    hopeless = Bench("a", "b")
+    hopeless.errors["a"] = ModelRefused("a pickle")
+    hopeless.errors["b"] = torch.OutOfMemoryError("another process has the memory")
+    with pytest.raises(torch.OutOfMemoryError, match="another process"):
         hopeless.keeper.start()
     hopeless.keeper.close()
 

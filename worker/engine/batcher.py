@@ -26,7 +26,7 @@ UNMEASURED_ROWS = 8  # the cap of a module no forward of which was measured
 UNMEASURED_SECONDS = 0.05  # of a row of it
 MOST_ROWS = 64
 EVIDENCE = 8  # forwards of a number of rows before their time has a say in the cap
-PROBE = 200  # forwards at the cap after which one of twice the rows is tried: a cap must not stay too low for good
+PROBE = 200  # forwards at a cap or limit after which twice the rows are tried: it must not stay too low for good
 Shape = tuple[str, tuple[int, ...]]  # a module's name, and the shape of one sample
 
 
@@ -81,6 +81,7 @@ class Batcher:
         self._knees: dict[Shape, int] = {}  # in use
         self._seen: Counter[tuple[Shape, int]] = Counter()
         self._full: Counter[Shape] = Counter()  # forwards of as many rows as the knee, or more
+        self._limited: Counter[Shape] = Counter()  # forwards of as many rows as the limit lets in
         self._debt = 0.0  # seconds of text and VAE work that the denoiser has not had back
         self._pace = 0.0  # seconds of a forward of the denoiser, of late
         self._row_seconds: dict[Shape, float] = {}  # in a full batch; what was worked out of the curves
@@ -91,6 +92,11 @@ class Batcher:
         self._seen.update({(shape, rows): EVIDENCE for rows in curve})
         self._row_seconds.pop(shape, None)
         self._knees.pop(shape, None)
+
+    def limit(self, shape: Shape, rows: int) -> None:
+        """Remember that memory holds this many rows, and not twice as many."""
+        self.limits[shape] = rows
+        self._limited[shape] = 0
 
     def choose(self, parked: Sequence[P]) -> list[P]:
         """The calls of the next forward: all of one key, the most urgent first. `parked` must not be empty."""
@@ -133,6 +139,7 @@ class Batcher:
         """Note what a forward of `rows` rows, padding included, took."""
         first = batch[0]
         self._refine((first.name, first.shape), rows, seconds)
+        self._relax((first.name, first.shape), rows + first.rows)
         if not first.is_denoiser:
             self._debt += seconds
             return
@@ -152,6 +159,17 @@ class Batcher:
             self._row_seconds.pop(shape, None)
         known = self._known(shape)
         self._full[shape] += bool(known) and rows >= self._knee(shape, known)
+
+    def _relax(self, shape: Shape, next_rows: int) -> None:
+        """Raise a limit that has kept the next call out PROBE times: what else filled the device may be gone."""
+        limit = self.limits.get(shape)
+        if limit is None or next_rows <= limit:
+            return
+        self._limited[shape] += 1
+        if self._limited[shape] == PROBE:
+            self.limit(shape, 2 * limit)
+            if 2 * limit >= MOST_ROWS:
+                del self.limits[shape]
 
     def _knee(self, shape: Shape, known: Curve) -> int:
         """The knee, which stays where it is while that is good: runs that keep step with each other end together."""

@@ -284,7 +284,7 @@ class Engine:
     def _shrink(self, batch: Sequence[Call], padding: int = 0) -> None:
         """Remember that this many rows do not fit."""
         rows = sum(call.rows for call in batch) + padding
-        self.batcher.limits[batch[0].name, batch[0].shape] = max(rows // 2, 1)
+        self.batcher.limit((batch[0].name, batch[0].shape), max(rows // 2, 1))
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 

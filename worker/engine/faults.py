@@ -2,6 +2,8 @@
 
 import torch
 
+from app.core.errors import OutOfMemory
+
 # After these every call to the device fails, whoever makes it (CUDA's documentation calls them sticky).
 STICKY = (
     "illegal memory access",
@@ -27,7 +29,7 @@ class DeviceLost(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     # The CPU's allocator raises a plain RuntimeError, and CUDA's own calls an AcceleratorError.
     text = str(error)

@@ -1,5 +1,6 @@
 """Load: a ModelSpec -> a warm diffusers pipeline, from safetensors and JSON alone; no code of a folder is ever run."""
 
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,17 +92,26 @@ def size(spec: ModelSpec, device: str = "auto", dtype: str = "auto") -> int:
 
 
 def _read(spec: ModelSpec, source: Path, pipeline_class: Any, dtype: torch.dtype) -> Any:
+    options = {"local_files_only": True, **_unchecked(spec, spec.config or source, pipeline_class)}
     if not spec.config:
-        return pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     if not hasattr(pipeline_class, "from_single_file"):
         raise ConfigError(f"model {spec.name!r}: {pipeline_class.__name__} cannot be read from a single file")
-    pipe = pipeline_class.from_single_file(
-        str(source), config=str(spec.config), torch_dtype=dtype, local_files_only=True
-    )
+    pipe = pipeline_class.from_single_file(str(source), config=str(spec.config), torch_dtype=dtype, **options)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
             raise ConfigError(f"model {spec.name!r}: {source} lacks weights of its {name}")
     return pipe
+
+
+def _unchecked(spec: ModelSpec, folder: Path, pipeline_class: Any) -> dict[str, Any]:
+    """The options by which the pipeline does without its own safety checker, if it has one (ADR 62)."""
+    if not any(pipeline_class.load_config(folder, local_files_only=True).get(model_check.LEFT_OUT) or ()):
+        return {}
+    log.warning("model.safety_checker_left_out", model=spec.name, remedy="set safety in models.toml")
+    options = {model_check.LEFT_OUT: None, "requires_safety_checker": False}
+    known = inspect.signature(pipeline_class.__init__).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _controlnet(folder: Path, dtype: torch.dtype) -> Any:

@@ -97,6 +97,11 @@ def follow(run: Run, pipe: Any, previewer: Previewer | None, height: int, width:
     run.sketch = sketch
 
 
+def leave(pipe: Any) -> None:
+    """Undo what `follow` did to the scheduler: a circle, that would keep the last step's latents."""
+    vars(pipe.scheduler).pop("step", None)
+
+
 def estimate(
     scheduler: Any, index: int | None, output: torch.Tensor, timestep: Any, sample: torch.Tensor
 ) -> torch.Tensor:

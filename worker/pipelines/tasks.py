@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from app.core.catalog import Ability, ModelSpec
 from app.core.errors import GenerationFailed, InvalidOutput
 from app.core.params import GenerationParams
 from app.core.tasks import ability_of, strength_of
@@ -64,7 +65,10 @@ def paint(model: WarmModel, params: GenerationParams, source: Source, seed: int,
     pipe.scheduler = schedulers.make(params.scheduler, model.pipe.scheduler.config)
     previews.follow(run, pipe, model.previewer, params.height, params.width)
     asked = arguments(pipe, params, seed, run, source)
-    output = pipe(**with_prompts(asked, pipe, params, in_pieces=model.spec.long_prompts))
+    try:
+        output = pipe(**with_prompts(asked, pipe, params, in_pieces=model.spec.long_prompts))
+    finally:
+        previews.leave(pipe)
     return source.kept_in(to_picture(output[0][0]))
 
 
@@ -78,14 +82,13 @@ def to_picture(values: npt.NDArray[np.floating[Any]]) -> Picture:
 def warm_up(model: WarmModel, engine: Engine, rows: int = CALIBRATED_ROWS) -> None:
     """Make a picture of two steps at the default size, measuring each module up to `rows` rows on the way.
 
-    Raises what the run raises.
+    It is of the first of the model's tasks. Raises what the run raises.
     """
     spec = model.spec
-    given = spec.defaults.model_dump() | {"num_inference_steps": 2}
-    if spec.upscale_factor:
-        given |= {"image": "a lamp", "upscale": spec.upscale_factor, "upscale_method": "model"}
+    given = spec.defaults.model_dump() | {"num_inference_steps": 2} | _given(spec)
     params = GenerationParams(model=spec.name, prompt="a lamp", seed=0, num_images=1, output_format="png", **given)
-    source = prepare(params, {"a lamp": Image.new("RGB", (spec.defaults.width, spec.defaults.height))})
+    size = (spec.defaults.width, spec.defaults.height)
+    source = prepare(params, {"grey": Image.new("RGB", size, "grey"), "white": Image.new("L", size, "white")})
     [run] = runs_for(model, params, "warm-up", source)
     engine.add(run)
     while not run.is_finished:
@@ -93,3 +96,14 @@ def warm_up(model: WarmModel, engine: Engine, rows: int = CALIBRATED_ROWS) -> No
         engine.calibrate(rows)
     if run.error:
         raise run.error
+
+
+def _given(spec: ModelSpec) -> dict[str, Any]:
+    """What the first of the model's tasks starts from."""
+    start: dict[Ability, dict[str, Any]] = {
+        "text_to_image": {},
+        "image_to_image": {"image": "grey", "strength": 1.0},
+        "inpainting": {"image": "grey", "mask": "white", "strength": 1.0},
+        "upscaling": {"image": "grey", "upscale": spec.upscale_factor, "upscale_method": "model"},
+    }
+    return next(start[ability] for ability in spec.tasks if ability in start)

@@ -1,6 +1,7 @@
 -- Bring a batch into being whose plan (the members, each as submit.lua takes it) lies ready: from here on it is promised.
 -- ARGV: id, tenant, idempotency digest or '', fingerprint, retention (ms), fields of the batch (JSON object), how many
--- batches of a tenant may be open, then the uploads that its members name. Returns {outcome, id}; outcomes: created, existing, mismatch, many, torn, no_upload.
+-- batches of a tenant may be open, how many bytes their plans may take, then the uploads that its members name. Returns
+-- {outcome, id}; outcomes: created, existing, mismatch, many, heavy, torn, no_upload.
 local id, tenant, digest, fingerprint, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local idempotency = IDEMPOTENCY .. tenant .. ':' .. digest
 if digest ~= '' then
@@ -19,7 +20,16 @@ if redis.call('SCARD', BATCHES_OPEN .. tenant) >= tonumber(ARGV[7]) then
   redis.call('UNLINK', BATCH_PLAN .. id)
   return {'many', id}
 end
-for i = 8, #ARGV do
+local bytes = tonumber(wanted.plan_bytes)
+for _, open in ipairs(redis.call('SMEMBERS', BATCHES_OPEN .. tenant)) do
+  -- One that an earlier version made has no such field.
+  bytes = bytes + tonumber(redis.call('HGET', BATCH .. open, 'plan_bytes') or 0)
+end
+if bytes > tonumber(ARGV[8]) then
+  redis.call('UNLINK', BATCH_PLAN .. id)
+  return {'heavy', id}
+end
+for i = 9, #ARGV do
   if redis.call('HGET', UPLOAD .. ARGV[i], 'tenant') ~= tenant then
     redis.call('UNLINK', BATCH_PLAN .. id)
     return {'no_upload', ARGV[i]}
@@ -39,7 +49,7 @@ if digest ~= '' then
   redis.call('SET', idempotency, fingerprint .. ' ' .. id, 'PX', retention)
 end
 redis.call('PERSIST', BATCH_PLAN .. id)
-for i = 8, #ARGV do redis.call('SADD', UPLOAD_JOBS .. ARGV[i], id) end
+for i = 9, #ARGV do redis.call('SADD', UPLOAD_JOBS .. ARGV[i], id) end
 redis.call('HSET', BATCH .. id, unpack(fields))
 redis.call('ZADD', BATCHES .. tenant, created, id)
 redis.call('SADD', BATCHES_OPEN .. tenant, id)

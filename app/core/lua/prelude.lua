@@ -52,6 +52,11 @@ local function remember(key, line)
   redis.call('HSET', key, 'log', log)
 end
 
+-- Whether nobody has asked for a delivery again since it was taken in that turn; '' is any.
+local function is_of_turn(key, turn)
+  return turn == '' or (redis.call('HGET', key, 'turn') or '0') == turn
+end
+
 -- Keep an upload at least until then. Returns its record (field, value, ...), or nil where there is none.
 local function prolong_upload(id, expires_at)
   local key = UPLOAD .. id

@@ -15,7 +15,8 @@ elseif held[5] and not held[6] then
 end
 redis.call('PERSIST', key)
 redis.call('HDEL', key, 'outcome', 'ended_at')
-redis.call('HSET', key, 'attempts', 0)
+redis.call('HSET', key, 'attempts', 0, 'since', now())
+redis.call('HINCRBY', key, 'turn', 1)  -- what a sender still does of the turn before ends nothing
 redis.call('ZADD', OUTBOX, now(), id)
 redis.call('PUBLISH', OUTBOX_BELL, id)
 return 'due'

@@ -247,6 +247,21 @@ def test_the_cap_grows_while_more_rows_bring_more_and_stops_where_memory_did():
     assert policy.cap(one) == 16
 
 
+def test_a_limit_of_memory_that_keeps_calls_out_is_tried_again_and_a_slack_one_is_not():
+    policy = batcher()
+    policy.learn(("unet", SHAPE), dict.fromkeys((8, 16, 32, 64), 0.01))
+    policy.limit(("unet", SHAPE), 16)
+    for _ in range(2 * PROBE):
+        policy.spent([call()], 8, 0.01)
+    assert policy.cap(call()) == 16
+    caps = []
+    for _ in range(2 * PROBE + 1):
+        caps.append(policy.cap(call()))
+        policy.spent([call()], caps[-1], 0.01)
+
+    assert caps == [16] * PROBE + [32] * PROBE + [MOST_ROWS]
+
+
 def test_a_few_slow_forwards_of_a_new_shape_do_not_make_its_cap():
     policy = batcher()
     for rows, seconds in ((2, 0.01), (2, 0.01), (4, 0.5), (4, 0.5)):

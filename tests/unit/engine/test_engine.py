@@ -8,6 +8,7 @@ import torch
 
 from app.core.errors import GenerationFailed, InvalidOutput, OutOfMemory
 from tests.unit.engine.toys import Toy, engine_of, finish, toy_run, walk
+from worker.engine.batcher import PROBE
 from worker.engine.engine import STARTING_SECONDS, Engine
 from worker.engine.faults import DeviceLost
 from worker.engine.run import Aborted, Run
@@ -244,6 +245,18 @@ def test_a_batch_that_does_not_fit_is_split_until_it_does_and_never_tried_again(
     assert [run.result for run in runs] == [i + 3.0 for i in range(8)]
     assert toy.batches[:3] == [8, 4, 2]
     assert toy.batches.count(8) == 1
+
+
+def test_a_batch_that_did_not_fit_is_tried_again_when_the_smaller_ones_have_long_fitted():
+    toy = Toy(fits=3)
+    engine = engine_of(toy)
+    for i in range(4):
+        engine.add(toy_run(toy, f"r{i}", PROBE + 2))
+    engine.step()
+    toy.fits = 4
+    finish(engine)
+
+    assert toy.batches.count(4) > 1
 
 
 def test_only_the_run_that_cannot_fit_alone_is_out_of_memory():

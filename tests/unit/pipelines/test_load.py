@@ -7,9 +7,12 @@ import time
 
 import pytest
 import torch
+from structlog.testing import capture_logs
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from app.core.catalog import LoraSpec
 from app.core.errors import ConfigError
+from tests.checkpoints import write_single
 from tests.tiny import build_family
 from tests.unit.pipelines.conftest import spec_of
 from worker.pipelines.load import check_folder, load, pick_device, pick_dtype, warm
@@ -28,6 +31,16 @@ def folder(tiny_folder, tmp_path, monkeypatch):
 
 def change(file, **entries):
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def write_checker(folder):
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    vision = {"image_size": 32, "patch_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config={**vision, "intermediate_size": 8, "projection_dim": 8}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder.parent / "feature_extractor")
+    change(folder.parent / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
 
 
 def refused(folder, match):
@@ -173,6 +186,24 @@ def test_a_load_in_another_precision_leaves_torchs_default_as_it_is_for_other_th
         ours, theirs = getattr(loaded, name).state_dict(), getattr(plain, name).state_dict()
         assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_checkpoints_own_safety_checker_is_neither_loaded_nor_run(folder, tmp_path):
+    write_checker(folder / "safety_checker")
+    change(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    change(folder / "model_index.json", requires_safety_checker=True)
+    whole = spec_of(folder, tasks=("text_to_image", "image_to_image"))
+    file, config = write_single(folder, tmp_path / "one.safetensors", tmp_path / "config")
+    with capture_logs() as logs:
+        loaded = load(whole, "cpu")
+        single = load(spec_of(file, config=config), "cpu")
+
+    assert [pipe.safety_checker for pipe in (loaded.pipe, loaded.variants.get("image_to_image"), single.pipe)] == [
+        None,
+        None,
+        None,
+    ]
+    assert [entry["event"] for entry in logs] == ["model.safety_checker_left_out"] * 2
 
 
 def test_an_adapter_that_is_not_of_the_model_is_no_reason_to_be_without_it(tiny_folder, tmp_path):

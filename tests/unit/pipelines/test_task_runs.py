@@ -1,3 +1,6 @@
+import gc
+import inspect
+import weakref
 from functools import partial
 
 import numpy as np
@@ -183,6 +186,19 @@ def test_warming_up_makes_a_picture_and_measures_every_module(model):
 
     assert {name for name, _ in engine.batcher.curves} == {"text_encoder", "unet", "vae.decode"}
     assert engine.is_idle
+
+
+def test_a_finished_runs_latents_are_free_without_a_garbage_collection(model):
+    [run] = runs_for(model, params_of(), "job")
+    gc.disable()
+    try:
+        run.body(run)
+        assert run.sketch()
+        scheduler = weakref.ref(inspect.getclosurevars(run.sketch).nonlocals["scheduler"])
+        del run
+        assert scheduler() is None
+    finally:
+        gc.enable()
 
 
 def test_every_run_has_a_noise_scheduler_of_its_own(model):

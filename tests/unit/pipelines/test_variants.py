@@ -181,6 +181,16 @@ def test_a_task_that_a_models_kind_has_no_pipeline_for_is_refused_with_the_remed
         Variants(spec_of("x", tasks=("text_to_image", ability)), build_family(family).pipe)
 
 
+@pytest.mark.parametrize("ability", ["image_to_image", "inpainting"])
+def test_a_model_that_only_starts_from_pictures_is_warmed_up_with_one(ability):
+    model = warm(spec_of("x", tasks=(ability,)), build(), *CPU)
+    engine = Engine(model.modules)
+    warm_up(model, engine, rows=2)
+    engine.close()
+
+    assert {name for name, _ in engine.batcher.curves} == set(model.modules)
+
+
 @pytest.mark.parametrize(("made", "factor"), [(four_times, 4), (two_times, 2)])
 def test_upscaling_models_upscale_several_pictures_in_one_forward(made, factor):
     pipe = made()

@@ -1,6 +1,7 @@
 """OpenAI's Images API: pictures from words, from another picture, and like another picture."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
@@ -14,9 +15,11 @@ from app.api.compat.openai.stream import Kind, events
 from app.api.compat.openai.waiting import HungUp, ended, images, minding
 from app.api.deps import Deps, Services
 from app.api.events import EventStream
-from app.api.jobs import IdempotencyKey, hand_in
+from app.api.jobs import IdempotencyKey, cancel, fingerprint_of, hand_in
+from app.api.schemas import JobRequest
 from app.core.api_keys import Scope
-from app.core.errors import Unavailable
+from app.core.errors import LimitReached, SafelightError, Unavailable
+from app.core.job import Job
 from app.core.limits import headers_of
 
 CLOSED: Final = 499  # nginx's word for a caller who hung up; nobody gets to see it but the log
@@ -98,16 +101,22 @@ async def _answer(
     uploads: Mapping[str, str] | None = None,
 ) -> Response:
     """Queue the job, wait for it, and give its pictures."""
-    if isinstance(asked, Described) and asked.stream:
-        await deps.streams.check(caller.tenant)
     spec = deps.catalog.get(asked.model)
-    if spec.name not in await deps.served():
+    wanted, is_kept = to_request(asked, spec, uploads), idempotency_key is not None
+    known = await _known(deps, caller, wanted, idempotency_key)
+    # A stream of a job that has ended is over at once.
+    streamed = asked if isinstance(asked, Described) and asked.stream else None
+    counts = streamed is not None and not (known and known.status.is_final)
+    if counts:
+        await deps.streams.check(caller.tenant)
+    if known is None and spec.name not in await deps.served():
         raise Unavailable(f"no live worker serves model {spec.name!r}; try again later", retry_after=5)
-    wanted = to_request(asked, spec, uploads)
     job, _, bucket = await hand_in(wanted, caller, deps, request.state.request_id, idempotency_key)
-    headers, is_kept = headers_of(bucket) | {JOB_HEADER: job.id}, idempotency_key is not None
-    if isinstance(asked, Described) and asked.stream:
-        made = events(deps, request, job, asked, kind, is_kept=is_kept)
+    headers = headers_of(bucket) | {JOB_HEADER: job.id}
+    if streamed:
+        if counts:
+            await _check_again(deps, job, is_kept=is_kept)
+        made = events(deps, request, job, streamed, kind, is_kept=is_kept)
         stream = EventStream(made, headers=headers | UNBUFFERED)
         stream.open_for = (deps.streams, caller.tenant)
         return stream
@@ -118,3 +127,22 @@ async def _answer(
         return Response(status_code=CLOSED)
     reply = to_reply(job, await images(deps, job, asked), asked)
     return Response(reply.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+
+
+async def _known(deps: Services, caller: Identity, wanted: JobRequest, idempotency_key: str | None) -> Job | None:
+    """The job that the same request has made before. Raises IdempotencyMismatch."""
+    if idempotency_key is None:
+        return None
+    return await deps.queue.find(caller.tenant, idempotency_key, fingerprint_of(wanted))
+
+
+async def _check_again(deps: Services, job: Job, *, is_kept: bool) -> None:
+    """As `Streams.check`, for other streams may have begun since; `is_kept`: the job's caller comes back for it."""
+    try:
+        await deps.streams.check(job.tenant)
+    except LimitReached:
+        if not is_kept:
+            # Best effort: its deadline ends it where Redis is away.
+            with suppress(SafelightError):
+                await cancel(deps, job.tenant, job.id)
+        raise
