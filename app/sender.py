@@ -76,13 +76,16 @@ class Reply:
 
 
 @dataclass(slots=True)
-class Places:
-    """Attempts under way, of which there may be `places` at a time."""
+class Pace:
+    """Attempts under way, of which there may be so many at a time, and how fast they end."""
 
-    places: int
     running: int = 0
     seconds: float = 0.02  # an attempt takes, as of late
     next_due: float = 0.0  # when the place of the next one that is put back comes up (monotonic)
+
+    @property
+    def places(self) -> int:
+        raise NotImplementedError
 
     @property
     def has_room(self) -> bool:
@@ -101,28 +104,38 @@ class Places:
 
 
 @dataclass(slots=True)
-class Host(Places):
+class Host(Pace):
     """A receiver's host and port, and what waits in hand for an attempt to it to end."""
 
-    places: int = PER_HOST
-    is_silent: bool = False
+    is_silent: bool = False  # it did not answer last time
     waiting: deque[tuple[Delivery, float]] = field(default_factory=deque)
+
+    @property
+    def places(self) -> int:
+        return 1 if self.is_silent else PER_HOST
 
     @property
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def hear(self, *, is_silent: bool) -> None:
-        """It has answered, or has not."""
-        self.is_silent, self.places = is_silent, 1 if is_silent else PER_HOST
+
+class ToSilent(Pace):
+    """A tenant's attempts to hosts that did not answer last time."""
+
+    @property
+    def places(self) -> int:
+        return TO_SILENT
 
 
 @dataclass(slots=True)
-class Tenant(Places):
-    """A tenant's attempts under way, and those of them to hosts that did not answer last time."""
+class Tenant(Pace):
+    """A tenant's attempts, and those of them to hosts that did not answer last time."""
 
-    places: int = PER_TENANT
-    to_silent: Places = field(default_factory=lambda: Places(TO_SILENT))
+    to_silent: ToSilent = field(default_factory=ToSilent)
+
+    @property
+    def places(self) -> int:
+        return PER_TENANT
 
 
 Render = Callable[[Delivery], Awaitable[bytes]]
@@ -247,7 +260,7 @@ class Sender:
                 return
         self._begin(host, delivery)
 
-    def _also(self, host: Host, delivery: Delivery) -> list[Places]:
+    def _also(self, host: Host, delivery: Delivery) -> list[Pace]:
         """Whose places an attempt takes, besides its host's."""
         tenant = self._tenants.setdefault(delivery.tenant, Tenant())
         return [tenant, tenant.to_silent] if host.is_silent else [tenant]
@@ -277,7 +290,7 @@ class Sender:
         self._attempts.discard(task)
 
     def _ended(
-        self, task: asyncio.Task[None], began: float, host: Host, delivery: Delivery, taken: Sequence[Places]
+        self, task: asyncio.Task[None], began: float, host: Host, delivery: Delivery, taken: Sequence[Pace]
     ) -> None:
         self._leave(task)
         for places in taken:
@@ -343,7 +356,7 @@ class Sender:
             outcome, delay, about = self._judge(delivery, reply := await self._attempt(delivery))
             failpoints.reach("after_webhook", job_id)
             status = reply.status
-            host.hear(is_silent=status is None)
+            host.is_silent = status is None
             await self._learn(delivery, outcome)
         except (AddressRefused, httpx2.InvalidURL) as error:
             outcome, delay, about = Outcome.REFUSED, 0.0, str(error)
