@@ -84,7 +84,8 @@ class JobQueue:
         self._limits = limits or Limits()
         self._max_wait = max_wait
         self._retention_ms = retention_ms
-        self._is_full, self._looked_at = False, float("-inf")  # Redis' memory, and when we asked (monotonic)
+        # Redis' memory, whether it evicts, and when we asked (monotonic).
+        self._is_full, self._is_lossy, self._looked_at = False, False, float("-inf")
 
     async def submit(self, tenant: str, submission: Submission) -> Submitted:
         """Queue a job.
@@ -207,12 +208,15 @@ class JobQueue:
             await self._redis.ping()
 
     async def check_memory(self) -> None:
-        """Refuse early, so that the jobs that were accepted have room to end. Raises Overloaded."""
+        """Refuse early, so that the jobs that were accepted have room to end. Raises Overloaded, QueueUnavailable."""
         now = time.monotonic()
         if now - self._looked_at > MEMORY_SECONDS:
             self._looked_at = now
             memory = await self._redis.info("memory")
+            self._is_lossy = memory.get("maxmemory_policy", "noeviction") != "noeviction"
             self._is_full = 0 < memory["maxmemory"] * FULL <= memory["used_memory"]
+        if self._is_lossy:  # looked at when a process starts too, but Redis may be away then, or be set anew
+            raise QueueUnavailable("the queue's Redis may throw jobs away: its maxmemory-policy must be noeviction")
         if self._is_full:
             raise Overloaded("the queue's memory is nearly full; try again later", retry_after=10)
 

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from app.core.errors import ConfigError
+from app.core.connections import connect
+from app.core.errors import ConfigError, QueueUnavailable
 from app.core.settings import Settings
 from app.main import create_app, serve
 from tests.conftest import PretendWorker
@@ -152,6 +153,39 @@ def test_a_signal_ends_the_process_soon_and_well_though_a_stream_is_open(redis_u
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_process_starts_without_redis_where_that_exposes_nothing(mortal_redis, catalog_file, tmp_path):
+    mortal_redis.kill()
+    settings = {"redis_url": mortal_redis.url, "models": catalog_file, "data": tmp_path, "port": 0}
+    with pytest.raises(QueueUnavailable):
+        serve(Settings(**settings, host="0.0.0.0"))
+    process, url = serve_as_a_process(settings, tmp_path)
+    try:
+        with httpx2.Client(base_url=url, trust_env=False, transport=httpx2.HTTPTransport(retries=20)) as client:
+            assert client.get("/livez").status_code == 200
+            assert client.get("/readyz").status_code == 503
+            assert client.post("/v1/jobs", json={"prompt": "x"}).status_code == 503
+            mortal_redis.start()
+            assert submit(client)["status"] == "queued"
+        assert '"redis.away"' in (tmp_path / "api.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_while_redis_may_throw_jobs_away_none_are_taken(start_api, mortal_redis, monkeypatch):
+    monkeypatch.setattr("app.core.queue.MEMORY_SECONDS", 0.1)
+    with start_api(redis_url=mortal_redis.url).client() as client, connect(mortal_redis.url) as redis:
+        submit(client)
+        redis.config_set("maxmemory-policy", "allkeys-lru")
+        time.sleep(0.2)
+        for _ in range(2):
+            refused = client.post("/v1/jobs", json={"prompt": "x"})
+            assert (refused.status_code, "noeviction" in refused.json()["detail"]) == (503, True)
+        redis.config_set("maxmemory-policy", "noeviction")
+        time.sleep(0.2)
+        submit(client)
 
 
 def test_serving_stops_before_it_starts_where_it_would_be_exposed(redis_url, catalog_file, tmp_path):
