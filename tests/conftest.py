@@ -25,7 +25,7 @@ from app.core.storage import object_key
 from app.main import Server, create_app, listen
 from tests.servers import redis_server as start_redis
 
-# What measures time, or waits for a bound of it, has the machine to itself.
+# What measures time, or waits for a bound of it, has the machine to itself, and so has what takes all of it.
 ALONE = (
     "tests/benchmarks/",
     "tests/chaos/",
@@ -33,6 +33,7 @@ ALONE = (
     "tests/e2e/test_walk.py",
     "tests/integration/test_deadlines.py",
     "tests/integration/test_estimates.py::test_what_was_expected",
+    "tests/integration/test_failpoints.py",
     "tests/integration/test_limits_load.py",
     "tests/integration/test_sender.py::test_dead_hosts_among_many",
     "tests/integration/test_sender.py::test_the_first_attempt_follows",
